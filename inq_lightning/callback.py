@@ -1,0 +1,397 @@
+"""The Lightning callback: Lightning's hooks onto schedule, selection and frozen weights."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from inq_lightning import run, sharded
+from inq_lightning.frozen import FrozenWeight, Rounding
+from inq_lightning.grid import Underflow, check_bits, check_underflow
+from inq_lightning.partition import Partition, check_partition
+from inq_lightning.restart import LearningRateRestart
+from inq_lightning.schedule import Schedule, default_preset
+from inq_lightning.selection import select_parameters
+
+
+class LayerInfo(NamedTuple):
+    """Where one selected parameter stands.
+
+    Attributes:
+        name: Name of the parameter.
+        shape: Its shape.
+        bits: Code length of one weight.
+        n1: Exponent of the largest level; None while nothing but zeros is frozen.
+        n2: Exponent of the smallest level; None likewise.
+        numel: Number of weights.
+        frozen: Number of frozen weights.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    bits: int
+    n1: int | None
+    n2: int | None
+    numel: int
+    frozen: int
+
+
+class INQCallback(Callback):
+    """Turns the weights of the module that the Trainer fits into powers of two, phase by phase.
+
+    At the beginning of each phase the largest free weights of every layer are rounded to the layer's grid and frozen
+    for good; training goes on for the others, until all are frozen (Zhou et al., ICLR 2017, algorithm 1). The module
+    keeps its parameters, their names and its forward.
+
+    Args:
+        bits: Code length of one weight, 2 to 8: 2^(bits-2) magnitudes, their signs and zero.
+        schedule: When the quantized portion rises, and to what: a :class:`~inq_lightning.schedule.Schedule`, a mapping
+            epoch → portion such as ``{0: 0.5, 4: 0.75, 8: 0.875, 12: 1.0}``, or the name of a preset. Left out: the
+            paper's portions for ``bits``, spread evenly over the Trainer's epochs. Epochs count from where INQ began.
+        partition: Which free weights freeze first: ``"magnitude"`` (the largest) or ``"random"``.
+        underflow: What becomes of weights below the smallest level: ``"nearest"`` or ``"truncate"``, see
+            :class:`~inq_lightning.grid.PowerOfTwoGrid`.
+        include: Quantize only parameters that match one of these patterns, see
+            :func:`~inq_lightning.selection.select_parameters`.
+        exclude: Leave out parameters that match one of these patterns.
+        layer_bits: Bit widths for what matches a pattern, for instance ``{"net.conv1": 8, "net.fc": 8}``.
+        embeddings: Whether to quantize embedding tables too.
+        restart_lr: Put learning rates and their schedulers back to where they began, at each phase.
+        reset_optimizer: Forget the optimizers' state (momentum, second moments) at each phase.
+        log_per_layer: Log each layer's quantized fraction too.
+        seed: Seed of the random partition.
+
+    Raises:
+        ValueError: An argument is none of the allowed values; the message names it.
+    """
+
+    def __init__(
+        self,
+        bits: int = 5,
+        schedule: Schedule | Mapping[int, float] | str | None = None,
+        *,
+        partition: Partition = "magnitude",
+        underflow: Underflow = "nearest",
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        layer_bits: Mapping[str, int] | None = None,
+        embeddings: bool = False,
+        restart_lr: bool = True,
+        reset_optimizer: bool = False,
+        log_per_layer: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for width in (bits, *(layer_bits or {}).values()):
+            check_bits(width)
+        check_partition(partition)
+        check_underflow(underflow)
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 31:
+            raise ValueError(f"seed must be a whole number from 0 to {(1 << 31) - 1}, got {seed!r}")
+        self.bits = bits
+        self.schedule = _as_schedule(schedule, bits)
+        self.partition: Partition = partition
+        self.underflow: Underflow = underflow
+        self.include = include
+        self.exclude = exclude
+        self.layer_bits = layer_bits
+        self.embeddings = embeddings
+        self.restart_lr = restart_lr
+        self.reset_optimizer = reset_optimizer
+        self.log_per_layer = log_per_layer
+        self.seed = seed
+        self._reset()
+
+    def _reset(self) -> None:
+        self._layers: dict[str, FrozenWeight] = {}
+        self._timetable = self.schedule  # with starts, once the length of the run is known
+        self._origin = 0  # epoch or step at which INQ began
+        self._phase = 0
+        self._loaded: dict[str, Any] | None = None
+        self._restart: LearningRateRestart | None = None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._restored = False  # by a step hook, since the last batch ended
+        self._sqnr: float | None = None  # dB, of the group frozen last, until it is logged
+
+    # ---- what users ask ----------------------------------------------------------------------------------------------
+
+    @property
+    def quantized_fraction(self) -> float:
+        """Share of the selected weights that are frozen, all layers together: 0 to 1."""
+        total = sum(layer.numel for layer in self._layers.values())
+        return sum(layer.frozen for layer in self._layers.values()) / total if total else 0.0
+
+    @property
+    def phase(self) -> int:
+        """How many portions have begun: 0 before the first one."""
+        return self._phase
+
+    @property
+    def layers(self) -> list[LayerInfo]:
+        """One record for each selected parameter, in the module's order; empty before training starts."""
+        return [
+            LayerInfo(
+                name=layer.name,
+                shape=tuple(layer.parameter.shape),
+                bits=layer.bits,
+                n1=layer.grid.n1 if layer.grid else None,
+                n2=layer.grid.n2 if layer.grid else None,
+                numel=layer.numel,
+                frozen=layer.frozen,
+            )
+            for layer in self._layers.values()
+        ]
+
+    def frozen_mask(self, name: str) -> Tensor:
+        """Which weights of a parameter are frozen.
+
+        Args:
+            name: The parameter's name, as :attr:`layers` lists it.
+
+        Returns:
+            bool tensor in the parameter's shape, True where frozen. For a sharded parameter it is a collective call.
+
+        Raises:
+            KeyError: No selected parameter has this name.
+        """
+        if name not in self._layers:
+            near = difflib.get_close_matches(name, self._layers, n=3, cutoff=0.3)
+            raise KeyError(
+                f"{name!r} is not a quantized parameter" + (f"; near names: {', '.join(near)}" if near else "")
+            )
+        layer = self._layers[name]
+        return sharded.full(layer.mask, layer.parameter)
+
+    # ---- Lightning's hooks -------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier run."""
+        if stage == "fit":
+            self._release()
+            self._reset()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember learning rates and schedulers as they were configured, before a checkpoint changes them."""
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise ValueError(
+                    "LBFGS moves the weights several times within one step, where frozen weights cannot be held; use "
+                    "another optimizer, such as SGD or AdamW"
+                )
+        if self.restart_lr:
+            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+            self._restart = LearningRateRestart(trainer.optimizers, schedulers)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Select the weights, take up a checkpoint's state, and refuse a run that cannot reach portion 1."""
+        self._adopt(pl_module)
+        self._begin(trainer)
+        for optimizer in trainer.optimizers:
+            try:
+                self._handles.append(optimizer.register_step_post_hook(self._after_step))
+            except AttributeError:
+                # A wrapper that never initialized its base class; on_train_batch_end restores after it.
+                continue
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise the quantized portion to where the schedule says, and log it."""
+        self._adopt(pl_module)
+        self._catch_up(trainer, pl_module)
+        if self._timetable.unit == "epoch":
+            self._log_state(pl_module, on_step=False, on_epoch=True, sync_dist=True)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Raise the portion if its step has come, or if a resumed run has missed the epoch's start."""
+        self._catch_up(trainer, pl_module)
+        if self._timetable.unit == "step":
+            self._log_state(pl_module, on_step=True, on_epoch=False)
+        if batch_idx == 0:  # the progress bar shows an epoch's value only at its end
+            pl_module.log("inq/quantized_fraction", self.quantized_fraction, prog_bar=True, logger=False, on_step=True)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Zero the gradients of frozen weights, so that they count neither in clipping nor in momentum."""
+        for layer in self._layers.values():
+            layer.mask_gradient()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Restore frozen weights where no step hook has done so: after optimizers that bypass hooks."""
+        if not self._restored:
+            self._restore()
+        self._restored = False
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Verify that every selected weight is on its grid.
+
+        Raises:
+            RuntimeError: Something has moved frozen weights behind the callback's back.
+        """
+        self._release()
+        for layer in self._layers.values():
+            drifted = layer.drifted()
+            if drifted:
+                raise RuntimeError(
+                    f"{layer.name}: {drifted} of {layer.frozen} frozen weights are not at their values any more; "
+                    "something other than an optimizer has changed them after the last training step: another "
+                    "callback, or code in a hook of the module"
+                )
+        if self._layers and self.quantized_fraction < 1:
+            rank_zero_warn(
+                f"training ended with {self.quantized_fraction:.1%} of the selected weights quantized; resume it from "
+                "a checkpoint to finish the schedule"
+            )
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the optimizers; Lightning calls no other hook after an exception or Ctrl-C."""
+        self._release()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the optimizers."""
+        self._release()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as plain numbers and one packed mask for each parameter (1 bit a weight)."""
+        if not self._layers:
+            return self._loaded or {}  # a checkpoint written before training started, as the tuners do
+        return {
+            "version": 1,
+            "phase": self._phase,
+            "origin": self._origin,
+            "quantized_fraction": self.quantized_fraction,
+            "schedule": {
+                "portions": list(self._timetable.portions),
+                "starts": list(self._timetable.starts or ()),
+                "unit": self._timetable.unit,
+            },
+            "layers": {name: layer.state_dict() for name, layer in self._layers.items()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until training starts; only then are the weights known to be in place."""
+        self._loaded = state_dict or None
+
+    # ---- the steps of a run ------------------------------------------------------------------------------------------
+
+    def _adopt(self, pl_module: LightningModule) -> None:
+        """Take in all selected weights, those included that a finetuning callback has just made trainable."""
+        sharded.reshard(pl_module)
+        selected = select_parameters(
+            pl_module,
+            self.bits,
+            include=self.include,
+            exclude=self.exclude,
+            layer_bits=self.layer_bits,
+            embeddings=self.embeddings,
+        )
+        for name, parameter, bits in selected:
+            if name not in self._layers:
+                self._layers[name] = FrozenWeight(name, parameter, bits, self.underflow)
+                if self._phase:
+                    self._freeze(self._layers[name])
+
+    def _begin(self, trainer: Trainer) -> None:
+        """Fit the schedule to the run, then go on from a checkpoint's state or begin where the run stands."""
+        state, self._loaded = self._loaded, None
+        if state is None:
+            self._timetable = run.fit_schedule(self.schedule, trainer, run.position(trainer, self.schedule.unit))
+            self._origin = run.position(trainer, self._timetable.unit)
+            if trainer.global_step:
+                rank_zero_info(
+                    f"The checkpoint holds no state of INQCallback: quantization begins on its weights, at "
+                    f"{self._timetable.unit} {self._origin}."
+                )
+            return
+        saved = Schedule(**state["schedule"])
+        if self.schedule.starts is None and self.schedule.portions == saved.portions:
+            self._timetable = saved  # it was spread over the run that began
+        differences = _differences(state, self._timetable, self._layers)
+        if differences:
+            raise ValueError(
+                "the checkpoint's INQ state does not fit this run:\n  "
+                + "\n  ".join(differences)
+                + "\nResume with the settings that it was written with, or load only its weights and start INQ afresh"
+            )
+        self._phase, self._origin = state["phase"], state["origin"]
+        run.check_length(self._timetable, trainer, self._origin)
+        for name, layer_state in state["layers"].items():
+            self._layers[name].load_state_dict(layer_state)
+
+    def _catch_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the phase that the schedule asks for, unless it has begun."""
+        phase = self._timetable.phase_at(run.position(trainer, self._timetable.unit) - self._origin)
+        if phase <= self._phase:
+            return
+        sharded.reshard(pl_module)
+        self._phase = phase
+        roundings = [self._freeze(layer) for layer in self._layers.values()]
+        if self._restart is not None:
+            self._restart()
+        if self.reset_optimizer:
+            for optimizer in trainer.optimizers:
+                optimizer.state.clear()
+        signal, noise = (sum(sums) for sums in zip(*roundings, strict=True))
+        if signal and noise:  # otherwise rounding has changed nothing, which no logger can draw
+            self._sqnr = 10 * math.log10(signal / noise)
+
+    def _freeze(self, layer: FrozenWeight) -> Rounding:
+        return layer.freeze(self._timetable.portions[self._phase - 1], self.partition, self.seed)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._restore()
+        self._restored = True
+
+    def _restore(self) -> None:
+        for layer in self._layers.values():
+            layer.restore()
+
+    def _log_state(self, pl_module: LightningModule, **when: Any) -> None:
+        values = {"quantized_fraction": self.quantized_fraction, "phase": float(self._phase)}
+        if self._sqnr is not None:
+            values["sqnr_db"], self._sqnr = self._sqnr, None
+        if self.log_per_layer:
+            values |= {f"quantized_fraction/{name}": layer.frozen / layer.numel for name, layer in self._layers.items()}
+        for name, value in values.items():
+            pl_module.log(f"inq/{name}", value, batch_size=1, **when)
+
+    def _release(self) -> None:
+        """Remove the step hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def _as_schedule(schedule: Schedule | Mapping[int, float] | str | None, bits: int) -> Schedule:
+    if isinstance(schedule, Schedule):
+        return schedule
+    if isinstance(schedule, Mapping):
+        return Schedule.from_mapping(schedule)
+    return Schedule.from_preset(default_preset(bits) if schedule is None else schedule)
+
+
+def _differences(state: Mapping[str, Any], schedule: Schedule, layers: Mapping[str, FrozenWeight]) -> list[str]:
+    """What keeps a checkpoint's state from fitting the run, a line each."""
+    saved, lines = Schedule(**state["schedule"]), []
+    for field in ("portions", "starts", "unit"):
+        here, there = getattr(schedule, field), getattr(saved, field)
+        if here != there:
+            lines.append(f"schedule {field}: {there} in the checkpoint, {here} here")
+    lines += [
+        f"{name}: quantized in the checkpoint, not selected here" for name in state["layers"] if name not in layers
+    ]
+    lines += [f"{name}: selected here, not in the checkpoint" for name in layers if name not in state["layers"]]
+    for name, layer in layers.items():
+        there = state["layers"].get(name)
+        if there is None:
+            continue
+        here = {"shape": list(layer.parameter.shape), "bits": layer.bits, "underflow": layer.underflow}
+        lines += [f"{name}: {k} {there[k]} in the checkpoint, {v} here" for k, v in here.items() if there[k] != v]
+    return lines

@@ -1,0 +1,243 @@
+"""One parameter on its way to the grid: which of its weights are frozen, and at which values.
+
+Works in any training loop: call :meth:`FrozenWeight.freeze` at each phase, :meth:`FrozenWeight.mask_gradient` after
+each backward pass and :meth:`FrozenWeight.restore` after each optimizer step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from inq_lightning import sharded
+from inq_lightning.grid import PowerOfTwoGrid, Underflow, check_bits, check_floating, check_underflow, exponent_range
+from inq_lightning.partition import Partition, scores, select
+
+_CHUNK = 1 << 19  # elements whose temporaries stay in a core's cache
+
+
+class Rounding(NamedTuple):
+    """What rounding a group of weights did: the sums of squares of the weights and of the changes."""
+
+    signal: float
+    noise: float
+
+
+class FrozenWeight:
+    """The grid of one parameter and its frozen weights.
+
+    The parameter itself stays what it was: same name, same type, no hook, no buffer in its module. Two bytes a weight
+    are kept beside it.
+
+    Attributes:
+        name: The parameter's name, for messages and for the random order.
+        parameter: The parameter, plain or sharded (``DTensor``).
+        bits: Code length of one weight, 2 to 8.
+        underflow: See :class:`~inq_lightning.grid.PowerOfTwoGrid`.
+        grid: The grid, fixed when the first weights freeze; None before.
+        frozen: How many weights are frozen, over all shards.
+
+    Raises:
+        ValueError: ``bits`` or ``underflow`` is none of the allowed values.
+        TypeError: The parameter is not of a floating type.
+    """
+
+    def __init__(self, name: str, parameter: Tensor, bits: int = 5, underflow: Underflow = "nearest") -> None:
+        check_bits(bits)
+        check_underflow(underflow)
+        check_floating(parameter)
+        self.name = name
+        self.parameter = parameter
+        self.bits = bits
+        self.underflow: Underflow = underflow
+        self.grid: PowerOfTwoGrid | None = None
+        self.frozen = 0
+        # Frozen weights' values; +0.0 marks a free weight, so a weight frozen at zero is kept as -0.0.
+        # Powers of two are exact in bfloat16.
+        self._values = torch.zeros_like(sharded.local(parameter), dtype=torch.bfloat16)
+
+    @property
+    def numel(self) -> int:
+        """How many weights there are, over all shards."""
+        return self.parameter.numel()
+
+    @property
+    def mask(self) -> Tensor:
+        """bool, True where frozen; the local piece of a sharded parameter."""
+        return _bits(self._values) != 0
+
+    def freeze(self, portion: float, partition: Partition = "magnitude", seed: int = 0) -> Rounding:
+        """Round and freeze weights until round(portion · numel) are frozen; those frozen before count and stay.
+
+        The first call that meets a weight other than zero fixes the grid. For a sharded parameter it is a collective
+        call.
+
+        Args:
+            portion: Share of the weights to be frozen, 0 to 1.
+            partition: Which weights come first, see :func:`inq_lightning.partition.scores`.
+            seed: Seed of the random partition.
+
+        Returns:
+            What the rounding did to the newly frozen weights, over all shards.
+
+        Raises:
+            ValueError: The weights contain nan or inf, or their dtype cannot hold the grid exactly; the message names
+                the parameter, and nothing has changed.
+        """
+        weight = sharded.local(self.parameter)
+        try:
+            grid = self._fit(weight)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+        count = round(portion * self.numel) - self.frozen
+        if count <= 0:
+            return Rounding(0.0, 0.0)
+        order = scores(self.parameter, partition, self.name, seed)
+        chosen = select(order, _bits(self._values) == 0, count, like=self.parameter)
+        if self.grid is not grid:
+            self.grid = grid
+            self._values = self._values.to(_storage_dtype(grid))
+        signal = noise = 0.0
+        for w, new, value in _chunks(weight, chosen, self._values):
+            before = w * new
+            after = grid.quantize(before)  # 0, hence "free", for all the others
+            signal += float(torch.linalg.vector_norm(before)) ** 2
+            noise += float(torch.linalg.vector_norm(before - after)) ** 2
+            sign = new.logical_and(after == 0).to(_bits(value).dtype).bitwise_left_shift_(8 * value.element_size() - 1)
+            _bits(value).bitwise_or_(_bits(after.to(value.dtype))).bitwise_or_(sign)
+        self.frozen += count
+        self.restore()
+        sums = torch.tensor([signal, noise], dtype=torch.float64, device=weight.device)
+        return Rounding(*sharded.sum_over_shards(sums, self.parameter).tolist())
+
+    def mask_gradient(self) -> None:
+        """Zero the gradient of the frozen weights, whatever it holds, inf and nan included."""
+        grad = self.parameter.grad
+        if grad is None or grad.is_sparse or not self.frozen:
+            return  # a sparse gradient has no entry for most weights; restore() takes care of the others
+        grad = sharded.local(grad)
+        if self.frozen == self.numel:
+            grad.zero_()
+            return
+        if grad.device.type != "cpu":
+            grad.masked_fill_(self.mask, 0.0)
+            return
+        # A shift by the bits of the value clears what is frozen in one vectorized pass, several times faster than a
+        # masked fill: a free weight's bits are 0, which shifts nothing; those of a normal number are negative or exceed
+        # the width of any word, for which PyTorch defines the result 0.
+        for g, value in _chunks(_bits(grad), _bits(self._values)):
+            g.bitwise_left_shift_(value)
+
+    def restore(self) -> None:
+        """Put the frozen weights back to their values, bit for bit, wherever an optimizer has moved them."""
+        weight = sharded.local(self.parameter)
+        if not self.frozen:
+            return
+        if weight.device.type != "cpu":
+            weight.copy_(torch.where(self.mask, self._values.to(weight.dtype), weight))
+            weight.add_(0.0)
+            return
+        widened = weight.element_size() > self._values.element_size()
+        for w, bits, value in _chunks(weight, _bits(weight), self._values):
+            exact = value.to(w.dtype)
+            bits.bitwise_left_shift_(_bits(exact if widened else value))  # as in mask_gradient
+            w.add_(exact)  # free: x + 0.0; frozen: 0.0 + value, where -0.0 becomes +0.0
+
+    def drifted(self) -> int:
+        """How many frozen weights of the local piece differ from the values they were frozen at."""
+        weight = sharded.local(self.parameter)
+        values = self._values.to(weight.device)  # Lightning moves a trained module back to the CPU
+        return sum(int((w != value).logical_and_(_bits(value) != 0).sum()) for w, value in _chunks(weight, values))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the weights themselves do not tell, in plain numbers and one uint8 tensor.
+
+        For a sharded parameter it is a collective call, and every process gets the whole mask.
+        """
+        mask = sharded.full(self.mask, self.parameter)
+        return {
+            "shape": list(self.parameter.shape),
+            "bits": self.bits,
+            "underflow": self.underflow,
+            "n1": None if self.grid is None else self.grid.n1,
+            "frozen": self.frozen,
+            "mask": pack_mask(mask).cpu(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state; the parameter must already hold the weights that were saved with it.
+
+        Raises:
+            ValueError: The state belongs to another kind of parameter, or the frozen weights are not on its grid.
+        """
+        own = {"shape": list(self.parameter.shape), "bits": self.bits, "underflow": self.underflow}
+        for key, value in own.items():
+            if state[key] != value:
+                raise ValueError(f"{self.name}: {key} is {value} here but {state[key]} in the saved state")
+        mask = sharded.local_part(unpack_mask(state["mask"], self.parameter.shape), self.parameter)
+        weight = sharded.local(self.parameter)
+        grid = PowerOfTwoGrid(state["n1"], self.bits, self.underflow) if state["frozen"] else None
+        values = torch.zeros_like(weight, dtype=torch.bfloat16 if grid is None else _storage_dtype(grid))
+        if grid is not None:
+            frozen = weight[mask]
+            off = int((grid.quantize(frozen) != frozen).sum())
+            if off:
+                raise ValueError(
+                    f"{self.name}: {off} weights that the saved state calls frozen are not on its grid; "
+                    "the state and the weights do not belong together"
+                )
+            frozen = frozen.to(values.dtype)
+            values[mask] = torch.where(frozen == 0, -0.0, frozen)
+        self.grid, self._values, self.frozen = grid, values, int(state["frozen"])
+
+    def _fit(self, weight: Tensor) -> PowerOfTwoGrid:
+        """The grid in force, or the one that the weights ask for; refuses nan and inf in every process alike."""
+        largest = weight.abs().max().double() if weight.numel() else weight.new_zeros((), dtype=torch.float64)
+        largest = sharded.max_over_shards(largest.nan_to_num(nan=torch.inf, posinf=torch.inf), self.parameter)
+        fitted = PowerOfTwoGrid.from_max(float(largest), weight.dtype, self.bits, self.underflow)
+        return fitted if self.grid is None or self.grid.n1 is None else self.grid
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Eight elements of a bool tensor to a byte, the first in the lowest bit; uint8 of shape (ceil(numel / 8),)."""
+    flat = mask.reshape(-1).to(torch.uint8)
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_mask(packed: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of :func:`pack_mask`.
+
+    Raises:
+        ValueError: ``packed`` has not the length that ``shape`` asks for.
+    """
+    numel = shape.numel()
+    if packed.dtype != torch.uint8 or packed.shape != ((numel + 7) // 8,):
+        raise ValueError(f"a packed mask of shape {tuple(shape)} takes {(numel + 7) // 8} bytes, got {packed.numel()}")
+    bits = packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return (bits & 1).bool().view(-1)[:numel].view(shape)
+
+
+def _storage_dtype(grid: PowerOfTwoGrid) -> torch.dtype:
+    """bfloat16 unless the grid leaves its normal numbers, whose bits `mask_gradient` counts on."""
+    lowest, highest = -126, exponent_range(torch.bfloat16)[1]
+    if grid.n1 is None or grid.n2 is None or (lowest <= grid.n2 and grid.n1 <= highest):
+        return torch.bfloat16
+    return torch.float64
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The same memory seen as integers."""
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of cache size, the same part of every tensor, whatever their memory formats."""
+    first = tensors[0]
+    if first.numel() == 0:
+        return iter(())
+    rows = max(1, _CHUNK * first.shape[0] // first.numel())
+    return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)

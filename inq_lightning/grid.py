@@ -1,0 +1,205 @@
+"""The grid of one tensor: which values its weights may take, and how a weight is rounded to them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Underflow = Literal["nearest", "truncate"]
+
+MIN_BITS, MAX_BITS = 2, 8
+
+
+def check_bits(bits: int) -> None:
+    """Refuse a bit width that no grid has.
+
+    Raises:
+        ValueError: ``bits`` is not an integer from 2 to 8.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"bits must be an integer from {MIN_BITS} to {MAX_BITS}, got {bits!r}")
+
+
+def check_underflow(underflow: str) -> None:
+    """Refuse an unknown rule for small weights.
+
+    Raises:
+        ValueError: ``underflow`` is neither ``"nearest"`` nor ``"truncate"``.
+    """
+    if underflow not in get_args(Underflow):
+        raise ValueError(f"underflow must be one of {', '.join(get_args(Underflow))}, got {underflow!r}")
+
+
+@dataclass(frozen=True)
+class PowerOfTwoGrid:
+    """The values 0 and ±2^k for n2 ≤ k ≤ n1 of one tensor (Zhou et al., ICLR 2017, section 2.1).
+
+    Attributes:
+        n1: Exponent of the largest level; None for a tensor of zeros, whose only level is 0.
+        bits: Code length of one weight, 2 to 8; there are 2^(bits-2) magnitudes.
+        underflow: What becomes of weights below the smallest level: ``"nearest"`` rounds at half of it (equation 4),
+            ``"truncate"`` sends all of them to zero (the paper's text).
+
+    Raises:
+        ValueError: ``bits`` or ``underflow`` is none of the allowed values.
+    """
+
+    n1: int | None
+    bits: int = 5
+    underflow: Underflow = "nearest"
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        check_underflow(self.underflow)
+
+    @classmethod
+    def from_weights(cls, w: Tensor, bits: int = 5, underflow: Underflow = "nearest") -> PowerOfTwoGrid:
+        """Fit the grid to the largest weight: n1 = floor(log2(4·max|w| / 3)) (equation 2), computed exactly.
+
+        Args:
+            w: Weights of any shape, floating point.
+            bits: Code length of one weight.
+            underflow: See the class.
+
+        Raises:
+            ValueError: ``w`` is not finite, or its dtype cannot hold the grid exactly.
+        """
+        check_floating(w)
+        return cls.from_max(w.abs().max().item() if w.numel() else 0.0, w.dtype, bits, underflow)
+
+    @classmethod
+    def from_max(cls, s: float, dtype: torch.dtype, bits: int = 5, underflow: Underflow = "nearest") -> PowerOfTwoGrid:
+        """Fit the grid to the largest magnitude ``s`` of a tensor of type ``dtype``, as :meth:`from_weights` does.
+
+        Raises:
+            ValueError: ``s`` is not finite, or ``dtype`` cannot hold the grid exactly.
+        """
+        if not math.isfinite(s):
+            raise ValueError("the weights contain nan or inf; quantize a network whose training has not diverged")
+        if s == 0:
+            return cls(None, bits, underflow)
+        m, e = math.frexp(s)  # s = m·2^e with m in [0.5, 1), so 4s/3 is at least 2^e exactly when m ≥ 3/4
+        grid = cls(e if m >= 0.75 else e - 1, bits, underflow)
+        grid.check_dtype(dtype)
+        return grid
+
+    @property
+    def n2(self) -> int | None:
+        """Exponent of the smallest non-zero level, n1 + 1 - 2^(bits-2); None where ``n1`` is."""
+        return None if self.n1 is None else self.n1 + 1 - self.magnitudes
+
+    @property
+    def magnitudes(self) -> int:
+        """How many non-zero magnitudes the bit width has, 2^(bits-2)."""
+        return 1 << (self.bits - 2)
+
+    @property
+    def levels(self) -> Tensor:
+        """All values of the grid, ascending: float64, exact, shape (2·magnitudes + 1,); (1,) for a grid of zeros."""
+        codes = torch.arange(-self.magnitudes, self.magnitudes + 1)
+        return self.decode(codes if self.n1 is not None else codes[:0].new_zeros(1), torch.float64)
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """Refuse a dtype that cannot hold every level exactly.
+
+        Raises:
+            ValueError: A level lies outside the dtype's powers of two.
+        """
+        if self.n1 is None or self.n2 is None:
+            return
+        lowest, highest = exponent_range(dtype)
+        if self.n2 < lowest or self.n1 > highest:
+            raise ValueError(
+                f"{dtype} cannot hold the {self.bits}-bit grid ±2^{self.n2} … ±2^{self.n1} exactly: its powers of two "
+                f"go from 2^{lowest} to 2^{highest}; use fewer bits or keep the weights in a wider dtype"
+            )
+
+    def quantize(self, w: Tensor) -> Tensor:
+        """Round every weight to its level (equation 4); same shape, dtype, device and memory format as ``w``.
+
+        A weight goes to the nearest level, a tie to the larger one; beyond 2^n1 it saturates.
+
+        Raises:
+            ValueError: ``w`` contains nan or inf, or its dtype cannot hold the grid exactly.
+        """
+        check_floating(w)
+        self.check_dtype(w.dtype)
+        if not torch.isfinite(w).all():
+            raise ValueError("the weights contain nan or inf, which have no place on a grid")
+        if self.n1 is None or self.n2 is None:
+            return torch.zeros_like(w)
+        # Wide enough that all levels are normal numbers, whose bits the next step reads.
+        magnitude = w.abs().to(torch.float64 if w.dtype is torch.float64 or self.n2 < -125 else torch.float32)
+        integer, fraction = (torch.int64, 52) if magnitude.dtype is torch.float64 else (torch.int32, 23)
+        # The exponent bits, after adding half a unit to them, are those of the nearest power of two: 1.5·2^k is rounded
+        # up to 2^(k+1), anything smaller down to 2^k.
+        level = magnitude.view(integer).add(1 << fraction - 1).bitwise_and_(-1 << fraction).view(magnitude.dtype)
+        # Under the smallest level β = 2^n2 the lower neighbour is 0, not β/2: from β/2 upwards all goes to β.
+        lowest = math.ldexp(1.0, self.n2 - 1 if self.underflow == "nearest" else self.n2)
+        level.clamp_(math.ldexp(1.0, self.n2), math.ldexp(1.0, self.n1)).mul_(magnitude >= lowest)
+        return level.to(w.dtype).mul_(w.sign()).add_(0.0)  # -0.0 + 0.0 is +0.0
+
+    def encode(self, w: Tensor) -> Tensor:
+        """Round to the grid, as :meth:`quantize` does, and return codes: 0 for zero, ±k for ±2^(n2 + k - 1).
+
+        Args:
+            w: Finite weights of any shape, floating point.
+
+        Returns:
+            int8 codes from -magnitudes to magnitudes, in the shape and memory format of ``w``.
+
+        Raises:
+            ValueError: ``w`` contains nan or inf, or its dtype cannot hold the grid exactly.
+        """
+        level = self.quantize(w).double()
+        if self.n2 is None:
+            return level.to(torch.int8)
+        exponent = torch.frexp(level).exponent  # level = ±1/2 · 2^exponent
+        return (exponent - self.n2).mul_(level.sign().int()).to(torch.int8)
+
+    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the values that ``codes`` stand for.
+
+        Args:
+            codes: Integer codes of any shape, as :meth:`encode` returns them.
+            dtype: Type of the result.
+
+        Returns:
+            Values on the grid, in the shape and memory format of ``codes``.
+
+        Raises:
+            ValueError: A code lies outside the grid, or ``dtype`` cannot hold the grid exactly.
+        """
+        self.check_dtype(dtype)
+        highest = 0 if self.n1 is None else self.magnitudes
+        if codes.numel() and (codes.max() > highest or codes.min() < -highest):
+            raise ValueError(f"codes of this {self.bits}-bit grid go from {-highest} to {highest}")
+        positive = [] if self.n2 is None else [math.ldexp(1.0, self.n2 + k) for k in range(self.magnitudes)]
+        # Indexed by the code itself: a negative code counts from the end.
+        table = torch.tensor([0.0, *positive, *(-p for p in reversed(positive))], dtype=torch.float64)
+        values = torch.empty_like(codes, dtype=dtype)
+        return values.copy_(table.to(codes.device, dtype)[codes.int()])
+
+
+def check_floating(w: Tensor) -> None:
+    """Refuse anything but float16, bfloat16, float32 and float64.
+
+    Raises:
+        TypeError: ``w`` has another dtype.
+    """
+    if w.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"weights must be float16, bfloat16, float32 or float64, got {w.dtype}")
+
+
+def exponent_range(dtype: torch.dtype) -> tuple[int, int]:
+    """Exponents of the smallest and the largest power of two that ``dtype`` holds exactly.
+
+    Subnormal numbers count, except in float64, which has no wider type to keep them safe in.
+    """
+    info = torch.finfo(dtype)
+    smallest = info.smallest_normal * (1.0 if dtype is torch.float64 else info.eps)
+    return math.frexp(smallest)[1] - 1, math.frexp(info.max)[1] - 1

@@ -1,0 +1,144 @@
+"""Which parameters of a module are quantized, and at how many bits."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import UninitializedParameter
+
+from inq_lightning.grid import check_bits
+
+
+class Selected(NamedTuple):
+    """One selected parameter: its name in ``module.named_parameters()``, itself, and its bit width."""
+
+    name: str
+    parameter: nn.Parameter
+    bits: int
+
+
+def select_parameters(
+    module: nn.Module,
+    bits: int = 5,
+    *,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    layer_bits: Mapping[str, int] | None = None,
+    embeddings: bool = False,
+) -> list[Selected]:
+    """Select the weights to quantize, in the module's order.
+
+    Candidates are the trainable weights of convolutions (transposed ones too), linear layers, multi-head attention
+    (its projections) and recurrent layers and cells; never biases or norms. A weight that several layers share comes
+    once, under the first layer's name.
+
+    A pattern is matched by :mod:`fnmatch` (``*`` also crosses dots) against the parameter's name (``net.fc.weight``)
+    and the layer's (``net.fc``).
+
+    Args:
+        module: The network.
+        bits: Code length of a weight, 2 to 8.
+        include: Take only candidates that match one of these patterns; None takes all.
+        exclude: Leave out candidates that match one of these patterns.
+        layer_bits: Another bit width for what matches a pattern; the last matching pattern counts.
+        embeddings: Whether embedding tables are candidates too.
+
+    Raises:
+        ValueError: A pattern matches nothing, a bit width is not allowed, a selected weight is computed from other
+            parameters, or nothing is selected.
+    """
+    layer_bits = dict(layer_bits or {})
+    for width in (bits, *layer_bits.values()):
+        check_bits(width)
+    include, exclude = _patterns(include, "include"), _patterns(exclude, "exclude") or []
+    candidates = dict(_candidates(module, embeddings))
+    for option, patterns in (("include", include or []), ("exclude", exclude), ("layer_bits", layer_bits)):
+        _check_matches(option, patterns, candidates)
+
+    selected = []
+    for name, layer in candidates.items():
+        if (include is not None and not _matches(name, include)) or _matches(name, exclude):
+            continue
+        parameter = layer._parameters.get(name.rpartition(".")[2])
+        if parameter is None:
+            raise ValueError(
+                f"{name} is computed from other parameters (weight_norm, spectral_norm, pruning or another "
+                "parametrization), so rounding them would not put it on a grid; make it a plain parameter first, with "
+                "torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm or prune.remove, or exclude it"
+            )
+        if not parameter.requires_grad:
+            continue
+        width = next((b for pattern, b in reversed(layer_bits.items()) if _matches(name, [pattern])), bits)
+        selected.append(Selected(name, parameter, width))
+    if not selected:
+        raise ValueError(
+            "no weight to quantize: the module has no trainable convolution, linear, attention or recurrent weight "
+            "that include and exclude let through"
+            + (f"; candidates were {', '.join(candidates)}" if candidates else "")
+        )
+    return selected
+
+
+def _candidates(module: nn.Module, embeddings: bool) -> Iterator[tuple[str, nn.Module]]:
+    """Names of the weights and the layers that own them; a shared weight comes once."""
+    seen: set[int] = set()
+    for path, layer in module.named_modules():
+        for weight in _weight_names(layer, embeddings):
+            parameter = layer._parameters.get(weight)
+            if parameter is None and not hasattr(layer, weight):
+                continue
+            if isinstance(parameter, UninitializedParameter):
+                raise ValueError(
+                    f"{path or type(layer).__name__} is a lazy layer whose weights have no shape yet; run one batch "
+                    "through the module before training it with INQ"
+                )
+            if parameter is not None and id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            name = f"{path}.{weight}" if path else weight
+            yield name.replace("_orig_mod.", ""), layer
+
+
+def _weight_names(layer: nn.Module, embeddings: bool) -> Iterable[str]:
+    """The attributes of ``layer`` that hold weight matrices or kernels."""
+    if isinstance(layer, (_ConvNd, nn.Linear, nn.Bilinear)):
+        return ("weight",)
+    if isinstance(layer, nn.MultiheadAttention):  # out_proj is a linear layer of its own
+        joint = layer.in_proj_weight is not None
+        return ("in_proj_weight",) if joint else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+    if isinstance(layer, nn.RNNBase):
+        return [name for name in layer._flat_weights_names if name.startswith("weight")]
+    if isinstance(layer, nn.RNNCellBase):
+        return ("weight_ih", "weight_hh")
+    if embeddings and isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+        return ("weight",)
+    return ()
+
+
+def _patterns(patterns: Sequence[str] | None, option: str) -> list[str] | None:
+    if isinstance(patterns, str):
+        raise ValueError(f"{option} takes a list of patterns, got the text {patterns!r}; write [{patterns!r}]")
+    return None if patterns is None else list(patterns)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    layer = name.rpartition(".")[0]
+    return any(fnmatchcase(name, pattern) or fnmatchcase(layer, pattern) for pattern in patterns)
+
+
+def _check_matches(option: str, patterns: Iterable[str], names: Iterable[str]) -> None:
+    names = list(names)
+    for pattern in patterns:
+        if any(_matches(name, [pattern]) for name in names):
+            continue
+        known = [*names, *(name.rpartition(".")[0] for name in names)]
+        near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or names[:5]
+        raise ValueError(
+            f"{option} pattern {pattern!r} matches no weight that can be quantized"
+            + (f"; near names: {', '.join(near)}" if near else "")
+        )
