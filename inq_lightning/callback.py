@@ -251,7 +251,8 @@ class INQCallback(Callback):
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of the optimizers; Lightning calls no other hook after an exception or Ctrl-C."""
+        """Leave whole weights for a checkpoint; Lightning calls no other hook after an exception or Ctrl-C."""
+        self._restore()  # the interruption may lie between an update and its step hook
         self._release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

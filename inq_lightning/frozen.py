@@ -104,8 +104,8 @@ class FrozenWeight:
         for w, new, value in _chunks(weight, chosen, self._values):
             before = w * new
             after = grid.quantize(before)  # 0, hence "free", for all the others
-            signal += float(torch.linalg.vector_norm(before)) ** 2
-            noise += float(torch.linalg.vector_norm(before - after)) ** 2
+            signal += float(torch.linalg.vector_norm(before, dtype=torch.float64)) ** 2
+            noise += float(torch.linalg.vector_norm(before - after, dtype=torch.float64)) ** 2
             sign = new.logical_and(after == 0).to(_bits(value).dtype).bitwise_left_shift_(8 * value.element_size() - 1)
             _bits(value).bitwise_or_(_bits(after.to(value.dtype))).bitwise_or_(sign)
         self.frozen += count
@@ -183,7 +183,7 @@ class FrozenWeight:
         values = torch.zeros_like(weight, dtype=torch.bfloat16 if grid is None else _storage_dtype(grid))
         if grid is not None:
             frozen = weight[mask]
-            off = int((grid.quantize(frozen) != frozen).sum())
+            off = int((grid.quantize(frozen.nan_to_num()) != frozen).sum())
             if off:
                 raise ValueError(
                     f"{self.name}: {off} weights that the saved state calls frozen are not on its grid; "
@@ -197,8 +197,9 @@ class FrozenWeight:
         """The grid in force, or the one that the weights ask for; refuses nan and inf in every process alike."""
         largest = weight.abs().max().double() if weight.numel() else weight.new_zeros((), dtype=torch.float64)
         largest = sharded.max_over_shards(largest.nan_to_num(nan=torch.inf, posinf=torch.inf), self.parameter)
-        fitted = PowerOfTwoGrid.from_max(float(largest), weight.dtype, self.bits, self.underflow)
-        return fitted if self.grid is None or self.grid.n1 is None else self.grid
+        if self.grid is None or self.grid.n1 is None or not torch.isfinite(largest):
+            return PowerOfTwoGrid.from_max(float(largest), weight.dtype, self.bits, self.underflow)
+        return self.grid  # whatever the weights have become since: they saturate
 
 
 def pack_mask(mask: Tensor) -> Tensor:

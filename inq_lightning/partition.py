@@ -43,7 +43,8 @@ def scores(w: Tensor, partition: Partition, name: str = "", seed: int = 0) -> Te
     check_partition(partition)
     if partition == "magnitude":
         return sharded.local(w).abs()
-    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    # Hashed together: the generator reads no more than 32 bits of its seed.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     return sharded.local_part(torch.rand(w.shape, generator=generator), w)
 
 

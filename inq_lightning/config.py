@@ -1,0 +1,219 @@
+"""The structured configs behind `conf/`: they give every key its type, so that Hydra refuses a wrong one by name.
+
+Importing this module registers them with Hydra. An application of your own that imports it can compose the groups
+`inq` and `inq/schedule`, with ``pkg://inq_lightning.conf`` on its search path, and build the callback from them with
+``hydra.utils.instantiate(cfg.inq)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from inq_lightning.schedule import Schedule, Unit, default_preset
+
+
+@dataclass
+class ScheduleConfig:
+    """When the quantized portion rises; arguments of :func:`build_schedule`."""
+
+    _target_: str = "inq_lightning.config.build_schedule"
+    bits: int = MISSING
+    preset: str | None = None
+    portions: list[float] | None = None
+    starts: list[int] | None = None
+    epochs_per_phase: int | None = None
+    unit: str = "epoch"
+
+
+@dataclass
+class INQConfig:
+    """Arguments of :class:`~inq_lightning.INQCallback`."""
+
+    _target_: str = "inq_lightning.INQCallback"
+    _convert_: str = "all"
+    bits: int = 5
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    partition: str = "magnitude"
+    underflow: str = "nearest"
+    include: list[str] | None = None
+    exclude: list[str] = field(default_factory=list)
+    layer_bits: dict[str, int] = field(default_factory=dict)
+    embeddings: bool = False
+    restart_lr: bool = True
+    reset_optimizer: bool = False
+    log_per_layer: bool = False
+    seed: int = 0
+
+
+@dataclass
+class ClassifierConfig:
+    """Arguments of :class:`~inq_lightning.classifier.Classifier`."""
+
+    _target_: str = "inq_lightning.classifier.Classifier"
+    net: Any = MISSING
+    num_classes: int = MISSING
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    nesterov: bool = False
+    label_smoothing: float = 0.0
+    lr_schedule: str = "cosine"
+    lr_epochs: int | None = None
+    channels_last: bool = False
+
+
+@dataclass
+class DataConfig:
+    """What all data modules take."""
+
+    _target_: str = MISSING
+    num_classes: int = MISSING
+    in_channels: int = MISSING
+    image_size: int = MISSING
+    batch_size: int = 128
+    seed: int = 0
+    num_workers: int = 0
+
+
+@dataclass
+class DigitsConfig(DataConfig):
+    """Arguments of :class:`~inq_lightning.data.DigitsDataModule`."""
+
+    _target_: str = "inq_lightning.data.DigitsDataModule"
+
+
+@dataclass
+class NpzConfig(DataConfig):
+    """Arguments of :class:`~inq_lightning.data.NpzDataModule`."""
+
+    _target_: str = "inq_lightning.data.NpzDataModule"
+    path: str = MISSING
+    augment: bool = True
+    val_fraction: float = 0.1
+
+
+@dataclass
+class TorchvisionConfig(DataConfig):
+    """Arguments of :class:`~inq_lightning.data.TorchvisionDataModule`."""
+
+    _target_: str = "inq_lightning.data.TorchvisionDataModule"
+    dataset: str = MISSING
+    root: str = MISSING
+    val_fraction: float = 0.1
+
+
+@dataclass
+class TrainerConfig:
+    """Arguments of Lightning's Trainer; others can be added with ``+trainer.extra.NAME=VALUE``.
+
+    ``max_epochs`` left out follows from the schedule: so many epochs for each phase, 4 unless it says otherwise.
+    """
+
+    _target_: str = "pytorch_lightning.Trainer"
+    accelerator: str = "auto"
+    devices: Any = "auto"
+    num_nodes: int = 1
+    strategy: str = "auto"
+    precision: str = "32-true"
+    max_epochs: int | None = None
+    max_steps: int = -1
+    max_time: str | None = None
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float | None = None
+    gradient_clip_algorithm: str | None = None
+    deterministic: bool | None = None
+    benchmark: bool | None = None
+    fast_dev_run: bool = False
+    limit_train_batches: Any = None
+    limit_val_batches: Any = None
+    limit_test_batches: Any = None
+    val_check_interval: Any = None
+    check_val_every_n_epoch: int = 1
+    num_sanity_val_steps: int = 0
+    log_every_n_steps: int = 10
+    enable_progress_bar: bool = True
+    enable_model_summary: bool = False
+
+
+@dataclass
+class PretrainConfig:
+    """The training of the full-precision network, skipped when ``ckpt`` names a trained one.
+
+    ``model`` holds what differs in the model's config during this stage.
+    """
+
+    max_epochs: int = 20
+    model: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TrainConfig:
+    """Everything that `inq-train` reads."""
+
+    model: Any = MISSING
+    data: Any = MISSING
+    inq: INQConfig = field(default_factory=INQConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    logger: dict[str, Any] = field(default_factory=dict)
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    ckpt: str | None = None
+    resume: bool = False
+    stage: str = "quantize"
+    output_dir: str = MISSING
+
+
+def build_schedule(
+    bits: int,
+    preset: str | None = None,
+    portions: Sequence[float] | None = None,
+    starts: Sequence[int] | None = None,
+    epochs_per_phase: int | None = None,
+    unit: Unit = "epoch",
+) -> Schedule:
+    """Build the schedule that a config describes.
+
+    Args:
+        bits: Bit width whose preset is taken where neither ``portions`` nor ``preset`` is given.
+        preset: One of the paper's rows.
+        portions: Accumulated portions; they go before ``preset``.
+        starts: When each portion begins.
+        epochs_per_phase: Length of each phase, in place of ``starts``; with neither, the phases are spread evenly over
+            the Trainer's run.
+        unit: What ``starts`` counts, ``"epoch"`` or ``"step"``.
+
+    Raises:
+        ValueError: The values contradict each other or are not allowed.
+    """
+    if portions is None:
+        portions = Schedule.from_preset(preset or default_preset(bits)).portions
+    if epochs_per_phase is None:
+        return Schedule(portions, starts, unit)
+    if starts is not None or unit != "epoch":
+        raise ValueError("epochs_per_phase excludes starts and unit=step: each of them says when phases begin")
+    return Schedule.every(epochs_per_phase, portions)
+
+
+def _register() -> None:
+    store = ConfigStore.instance()
+    store.store("base_train", TrainConfig)
+    for group, name, node in (
+        ("inq", "base", INQConfig),
+        ("inq/schedule", "base", ScheduleConfig),
+        ("model", "base", ClassifierConfig),
+        ("data", "base_digits", DigitsConfig),
+        ("data", "base_npz", NpzConfig),
+        ("data", "base_torchvision", TorchvisionConfig),
+        ("trainer", "base", TrainerConfig),
+        ("pretrain", "base", PretrainConfig),
+    ):
+        store.store(name, node, group)
+
+
+_register()

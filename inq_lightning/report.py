@@ -1,0 +1,122 @@
+"""What a run did to a network, as a table for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from inq_lightning.callback import INQCallback
+from inq_lightning.metrics import BitsPerWeight
+
+
+@dataclass(frozen=True)
+class Report:
+    """Before and after of one quantization.
+
+    Attributes:
+        before: Test metrics of the full-precision network.
+        after: Test metrics of the quantized network.
+        quantized_fraction: Share of the selected weights that are frozen.
+        bits: Code lengths in use, ascending.
+        levels_used: The largest number of different values in any quantized tensor.
+        levels_allowed: How many its bit width allows.
+        bytes_before: Size of all parameters as they are in memory.
+        bytes_after: The same with every quantized parameter at its bits a weight.
+        bits_per_weight: ``bytes_after`` as bits, over all parameters' weights.
+        seconds: Wall time of pre-training and quantization, tests included.
+    """
+
+    before: dict[str, float]
+    after: dict[str, float]
+    quantized_fraction: float
+    bits: list[int]
+    levels_used: int
+    levels_allowed: int
+    bytes_before: int
+    bytes_after: int
+    bits_per_weight: float
+    seconds: float
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        callback: INQCallback,
+        before: Mapping[str, float],
+        after: Mapping[str, float],
+        seconds: float,
+    ) -> Report:
+        """Gather what the module and its callback tell.
+
+        Args:
+            module: The module that was trained.
+            callback: The callback that quantized it.
+            before: Test metrics of the full-precision network.
+            after: Test metrics of the quantized network.
+            seconds: Wall time.
+        """
+        widths = {layer.name: layer.bits for layer in callback.layers}
+        size = BitsPerWeight()
+        bytes_before, levels = 0, []
+        for name, parameter in module.named_parameters():
+            name = name.replace("_orig_mod.", "")
+            size.update(parameter.detach(), widths.get(name))
+            bytes_before += parameter.numel() * parameter.element_size()
+            if name in widths:
+                levels.append((int(torch.unique(parameter.detach()).numel()), (1 << (widths[name] - 1)) + 1))
+        used, allowed = max(levels, default=(0, 0))
+        return cls(
+            before=dict(before),
+            after=dict(after),
+            quantized_fraction=callback.quantized_fraction,
+            bits=sorted(set(widths.values())),
+            levels_used=used,
+            levels_allowed=allowed,
+            bytes_before=bytes_before,
+            bytes_after=(int(size.bits) + 7) // 8,
+            bits_per_weight=float(size.compute()),
+            seconds=seconds,
+        )
+
+    def table(self) -> Table:
+        """The report as a table for a terminal."""
+        table = Table(title="Incremental Network Quantization")
+        table.add_column("")
+        table.add_column("full precision", justify="right")
+        table.add_column("quantized", justify="right")
+        for metric in self.before.keys() | self.after.keys():
+            table.add_row(metric, _number(self.before.get(metric)), _number(self.after.get(metric)))
+        table.add_row("quantized fraction", "0", f"{self.quantized_fraction:.6g}")
+        table.add_row("bits of a quantized weight", "", _list(self.bits))
+        table.add_row("levels in use", "", f"{self.levels_used} of {self.levels_allowed}")
+        table.add_row("size of all parameters", _bytes(self.bytes_before), _bytes(self.bytes_after))
+        table.add_row("bits a parameter", "", f"{self.bits_per_weight:.2f}")
+        table.add_row("time", "", f"{self.seconds:.1f} s")
+        return table
+
+    def write(self, path: Path) -> None:
+        """Write the report as JSON; ``path`` appears only once it is complete."""
+        partial = path.with_name(path.name + ".partial")
+        try:
+            partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _list(values: Iterable[int]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1024:,.1f} KiB"
