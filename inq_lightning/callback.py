@@ -119,7 +119,7 @@ class INQCallback(Callback):
         self._restart: LearningRateRestart | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._restored = False  # by a step hook, since the last batch ended
-        self._sqnr: float | None = None  # dB, of the group frozen last, until it is logged
+        self._sqnr: float | None = None  # dB, of the group frozen last
 
     # ---- what users ask ----------------------------------------------------------------------------------------------
 
@@ -213,7 +213,7 @@ class INQCallback(Callback):
         self._catch_up(trainer, pl_module)
         if self._timetable.unit == "step":
             self._log_state(pl_module, on_step=True, on_epoch=False)
-        if batch_idx == 0:  # the progress bar shows an epoch's value only at its end
+        elif batch_idx == 0:  # the progress bar shows an epoch's value only at its end
             pl_module.log("inq/quantized_fraction", self.quantized_fraction, prog_bar=True, logger=False, on_step=True)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -357,11 +357,12 @@ class INQCallback(Callback):
     def _log_state(self, pl_module: LightningModule, **when: Any) -> None:
         values = {"quantized_fraction": self.quantized_fraction, "phase": float(self._phase)}
         if self._sqnr is not None:
-            values["sqnr_db"], self._sqnr = self._sqnr, None
+            values["sqnr_db"] = self._sqnr
         if self.log_per_layer:
             values |= {f"quantized_fraction/{name}": layer.frozen / layer.numel for name, layer in self._layers.items()}
         for name, value in values.items():
-            pl_module.log(f"inq/{name}", value, batch_size=1, **when)
+            bar = when["on_step"] and name == "quantized_fraction"
+            pl_module.log(f"inq/{name}", value, prog_bar=bar, batch_size=1, **when)
 
     def _release(self) -> None:
         """Remove the step hooks."""
@@ -375,6 +376,10 @@ def _as_schedule(schedule: Schedule | Mapping[int, float] | str | None, bits: in
         return schedule
     if isinstance(schedule, Mapping):
         return Schedule.from_mapping(schedule)
+    if schedule is not None and not isinstance(schedule, str):
+        raise ValueError(
+            f"schedule must be a Schedule, a mapping epoch → portion or the name of a preset, got {schedule!r}"
+        )
     return Schedule.from_preset(default_preset(bits) if schedule is None else schedule)
 
 
