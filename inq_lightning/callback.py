@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from inq_lightning import run, sharded
@@ -19,7 +19,7 @@ from inq_lightning.grid import Underflow, check_bits, check_underflow
 from inq_lightning.partition import Partition, check_partition
 from inq_lightning.restart import LearningRateRestart
 from inq_lightning.schedule import Schedule, default_preset
-from inq_lightning.selection import select_parameters
+from inq_lightning.selection import Selected, select_parameters
 
 
 class LayerInfo(NamedTuple):
@@ -150,6 +150,21 @@ class INQCallback(Callback):
             for layer in self._layers.values()
         ]
 
+    def select(self, module: nn.Module) -> list[Selected]:
+        """The parameters of ``module`` that would be quantized, and at how many bits.
+
+        Raises:
+            ValueError: See :func:`~inq_lightning.selection.select_parameters`.
+        """
+        return select_parameters(
+            module,
+            self.bits,
+            include=self.include,
+            exclude=self.exclude,
+            layer_bits=self.layer_bits,
+            embeddings=self.embeddings,
+        )
+
     def frozen_mask(self, name: str) -> Tensor:
         """Which weights of a parameter are frozen.
 
@@ -236,6 +251,9 @@ class INQCallback(Callback):
             RuntimeError: Something has moved frozen weights behind the callback's back.
         """
         self._release()
+        if self._loaded and not self._layers:  # the checkpoint of a completed run: there was nothing left to train
+            self._adopt(pl_module)
+            self._begin(trainer)
         for layer in self._layers.values():
             drifted = layer.drifted()
             if drifted:
@@ -285,15 +303,7 @@ class INQCallback(Callback):
     def _adopt(self, pl_module: LightningModule) -> None:
         """Take in all selected weights, those included that a finetuning callback has just made trainable."""
         sharded.reshard(pl_module)
-        selected = select_parameters(
-            pl_module,
-            self.bits,
-            include=self.include,
-            exclude=self.exclude,
-            layer_bits=self.layer_bits,
-            embeddings=self.embeddings,
-        )
-        for name, parameter, bits in selected:
+        for name, parameter, bits in self.select(pl_module):
             if name not in self._layers:
                 self._layers[name] = FrozenWeight(name, parameter, bits, self.underflow)
                 if self._phase:

@@ -57,7 +57,7 @@ class ClassifierConfig:
     _target_: str = "inq_lightning.classifier.Classifier"
     net: Any = MISSING
     num_classes: int = MISSING
-    lr: float = 0.01
+    lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 1e-4
     nesterov: bool = False
@@ -85,6 +85,10 @@ class DigitsConfig(DataConfig):
     """Arguments of :class:`~inq_lightning.data.DigitsDataModule`."""
 
     _target_: str = "inq_lightning.data.DigitsDataModule"
+    num_classes: int = 10
+    in_channels: int = 1
+    image_size: int = 8
+    batch_size: int = 64
 
 
 @dataclass
@@ -93,6 +97,9 @@ class NpzConfig(DataConfig):
 
     _target_: str = "inq_lightning.data.NpzDataModule"
     path: str = MISSING
+    num_classes: int = 10
+    in_channels: int = 3
+    image_size: int = 32
     augment: bool = True
     val_fraction: float = 0.1
 
@@ -109,7 +116,7 @@ class TorchvisionConfig(DataConfig):
 
 @dataclass
 class TrainerConfig:
-    """Arguments of Lightning's Trainer; others can be added with ``+trainer.extra.NAME=VALUE``.
+    """Arguments of Lightning's Trainer; others can be added with ``+trainer.NAME=VALUE``.
 
     ``max_epochs`` left out follows from the schedule: so many epochs for each phase, 4 unless it says otherwise.
     """

@@ -16,7 +16,8 @@ from inq_lightning import sharded
 from inq_lightning.grid import PowerOfTwoGrid, Underflow, check_bits, check_floating, check_underflow, exponent_range
 from inq_lightning.partition import Partition, scores, select
 
-_CHUNK = 1 << 19  # elements whose temporaries stay in a core's cache
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 1 << 18  # elements whose temporaries stay in a core's cache
 
 
 class Rounding(NamedTuple):
@@ -103,7 +104,7 @@ class FrozenWeight:
         signal = noise = 0.0
         for w, new, value in _chunks(weight, chosen, self._values):
             before = w * new
-            after = grid.quantize(before)  # 0, hence "free", for all the others
+            after = grid.round(before)  # 0, hence "free", for all the others
             signal += float(torch.linalg.vector_norm(before, dtype=torch.float64)) ** 2
             noise += float(torch.linalg.vector_norm(before - after, dtype=torch.float64)) ** 2
             sign = new.logical_and(after == 0).to(_bits(value).dtype).bitwise_left_shift_(8 * value.element_size() - 1)
@@ -139,6 +140,9 @@ class FrozenWeight:
         if weight.device.type != "cpu":
             weight.copy_(torch.where(self.mask, self._values.to(weight.dtype), weight))
             weight.add_(0.0)
+            return
+        if self.frozen == self.numel:
+            weight.copy_(self._values).add_(0.0)  # -0.0 becomes +0.0
             return
         widened = weight.element_size() > self._values.element_size()
         for w, bits, value in _chunks(weight, _bits(weight), self._values):
@@ -232,13 +236,13 @@ def _storage_dtype(grid: PowerOfTwoGrid) -> torch.dtype:
 
 def _bits(tensor: Tensor) -> Tensor:
     """The same memory seen as integers."""
-    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    return tensor.view(_INTEGERS[tensor.element_size()])
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Views of cache size, the same part of every tensor, whatever their memory formats."""
     first = tensors[0]
-    if first.numel() == 0:
-        return iter(())
+    if first.numel() <= _CHUNK:
+        return iter([tensors])
     rows = max(1, _CHUNK * first.shape[0] // first.numel())
     return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)

@@ -130,6 +130,10 @@ class PowerOfTwoGrid:
         self.check_dtype(w.dtype)
         if not torch.isfinite(w).all():
             raise ValueError("the weights contain nan or inf, which have no place on a grid")
+        return self.round(w)
+
+    def round(self, w: Tensor) -> Tensor:
+        """:meth:`quantize` for weights that are known to be finite, in a dtype that is known to hold the grid."""
         if self.n1 is None or self.n2 is None:
             return torch.zeros_like(w)
         # Wide enough that all levels are normal numbers, whose bits the next step reads.
@@ -141,7 +145,7 @@ class PowerOfTwoGrid:
         # Under the smallest level β = 2^n2 the lower neighbour is 0, not β/2: from β/2 upwards all goes to β.
         lowest = math.ldexp(1.0, self.n2 - 1 if self.underflow == "nearest" else self.n2)
         level.clamp_(math.ldexp(1.0, self.n2), math.ldexp(1.0, self.n1)).mul_(magnitude >= lowest)
-        return level.to(w.dtype).mul_(w.sign()).add_(0.0)  # -0.0 + 0.0 is +0.0
+        return level.to(w.dtype).copysign_(w).add_(0.0)  # -0.0 + 0.0 is +0.0
 
     def encode(self, w: Tensor) -> Tensor:
         """Round to the grid, as :meth:`quantize` does, and return codes: 0 for zero, ±k for ±2^(n2 + k - 1).

@@ -81,7 +81,8 @@ def select(score: Tensor, free: Tensor, count: int, like: Tensor | None = None) 
         score = score.float()
     # + 1, so that 0 remains for what is not free; the largest finite float leaves room for it.
     keys = score.reshape(-1).view(torch.int64 if score.element_size() == 8 else torch.int32).add(1)
-    keys.mul_(free.reshape(-1))
+    if not free.all():
+        keys.mul_(free.reshape(-1))
     chosen = torch.zeros_like(keys, dtype=torch.bool)
     tied = torch.empty(0)  # flat indices of the candidates that the digits so far cannot tell apart
     first = True

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -90,8 +92,8 @@ class Report:
         table.add_column("")
         table.add_column("full precision", justify="right")
         table.add_column("quantized", justify="right")
-        for metric in self.before.keys() | self.after.keys():
-            table.add_row(metric, _number(self.before.get(metric)), _number(self.after.get(metric)))
+        for metric in self.before | self.after:
+            table.add_row(escape(metric), _number(self.before.get(metric)), _number(self.after.get(metric)))
         table.add_row("quantized fraction", "0", f"{self.quantized_fraction:.6g}")
         table.add_row("bits of a quantized weight", "", _list(self.bits))
         table.add_row("levels in use", "", f"{self.levels_used} of {self.levels_allowed}")
@@ -101,10 +103,16 @@ class Report:
         return table
 
     def write(self, path: Path) -> None:
-        """Write the report as JSON; ``path`` appears only once it is complete."""
+        """Write the report as JSON; ``path`` appears only once it is complete.
+
+        JSON has no nan and no infinity: a metric without a finite value becomes null.
+        """
+        fields = asdict(self)
+        for metrics in (fields["before"], fields["after"]):
+            metrics.update({name: None for name, value in metrics.items() if not math.isfinite(value)})
         partial = path.with_name(path.name + ".partial")
         try:
-            partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
+            partial.write_text(json.dumps(fields, indent=2, allow_nan=False) + "\n")
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)

@@ -42,7 +42,9 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "variant"), VARIANTS, ids=lambda v: v if isinstance(v, str) else "-".join(v) or "loop")
+@pytest.mark.parametrize(
+    ("name", "variant"), VARIANTS, ids=lambda v: v if isinstance(v, str) else "-".join(v) or "loop"
+)
 def test_frozen_weights_stay_bit_identical_through_hundreds_of_steps(name: str, variant: dict[str, bool]) -> None:
     module = TinyModule(lambda p: OPTIMIZERS[name](p, **variant))
     callback = INQCallback(schedule={0: 0.5, 10: 0.75, 20: 0.875, 40: 1.0})
@@ -192,7 +194,9 @@ def test_a_run_that_cannot_reach_portion_1_is_refused_before_training(
 def test_fast_dev_run_is_exempt(schedule: Any) -> None:
     callback = INQCallback(schedule=schedule)
     with pytest.warns(UserWarning, match="of the selected weights quantized"):
-        Trainer(callbacks=[callback], fast_dev_run=True, accelerator="cpu", enable_model_summary=False).fit(TinyModule())
+        Trainer(callbacks=[callback], fast_dev_run=True, accelerator="cpu", enable_model_summary=False).fit(
+            TinyModule()
+        )
     assert callback.quantized_fraction < 1
 
 

@@ -155,9 +155,7 @@ def portions(draw: st.DrawFn) -> tuple[float, ...]:
 
 @settings(max_examples=200, deadline=None)
 @given(portions=portions(), longer=st.integers(0, 5000), unit=st.sampled_from(["epoch", "step"]))
-def test_spreading_gives_every_phase_its_share_of_the_run(
-    portions: tuple[float, ...], longer: int, unit: str
-) -> None:
+def test_spreading_gives_every_phase_its_share_of_the_run(portions: tuple[float, ...], longer: int, unit: str) -> None:
     total = len(portions) + longer
     schedule = Schedule(portions, unit=unit).spread(total)
     assert (schedule.portions, schedule.unit) == (portions, unit)
@@ -193,9 +191,7 @@ def test_the_portion_is_zero_before_the_first_start_and_rises_at_each_start() ->
 
 @settings(max_examples=100, deadline=None)
 @given(portions=portions(), data=st.data())
-def test_portion_and_phase_count_the_starts_that_have_passed(
-    portions: tuple[float, ...], data: st.DataObject
-) -> None:
+def test_portion_and_phase_count_the_starts_that_have_passed(portions: tuple[float, ...], data: st.DataObject) -> None:
     n = len(portions)
     starts = tuple(sorted(data.draw(st.sets(st.integers(0, 60), min_size=n, max_size=n))))
     schedule = Schedule.from_mapping(dict(zip(starts, portions, strict=True)))
@@ -216,7 +212,7 @@ def test_a_run_that_ends_before_the_last_portion_is_refused() -> None:
     schedule = Schedule((0.5, 0.75, 1.0), (0, 4, 8))
     schedule.check_fits(9)
     schedule.check_fits(math.inf)
-    with pytest.raises(ValueError, match="portion 1.0 at epoch 8") as error:
+    with pytest.raises(ValueError, match=r"portion 1\.0 at epoch 8") as error:
         schedule.check_fits(8)
     assert "runs only 8 epochs and would stop at portion 0.75" in str(error.value)
     assert "train at least 9" in str(error.value)

@@ -10,6 +10,7 @@ A Hydra application over `conf/`::
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from pytorch_lightning.callbacks import LearningRateMonitor
 
 import inq_lightning.config  # noqa: F401  registers the structured configs
 from inq_lightning.callback import INQCallback
@@ -53,6 +55,8 @@ class FullPrecision(Callback):
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(cfg: DictConfig) -> None:
     """Run the configured experiment."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # model._target_ may name a module of the user's own, as under python -m
     report = import_extra("inq_lightning.report", "train")
     console = import_extra("rich.console", "train").Console()
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
@@ -67,9 +71,9 @@ def main(cfg: DictConfig) -> None:
     carried = FullPrecision()
     weights = checkpoint.get("state_dict", checkpoint)
     if cfg.ckpt is None or (cfg.resume and not quantizing):
-        weights = pretrain(cfg, data, carried)
+        weights = pretrain(cfg, data, callback, carried)
 
-    module: LightningModule = instantiate(cfg.model)
+    module: LightningModule = instantiate(cfg.model, _convert_="all")
     if not quantizing:
         load_weights(module, weights, cfg)
     trainer = build_trainer(cfg, cfg.trainer, [callback, carried])
@@ -80,9 +84,10 @@ def main(cfg: DictConfig) -> None:
 
     folder = Path(cfg.output_dir)
     trainer.save_checkpoint(folder / "quantized.ckpt", weights_only=False)
-    result.write(folder / "report.json")
-    console.print(result.table())
-    console.print(f"Checkpoint, report and logs are in {folder}", soft_wrap=True)
+    if trainer.is_global_zero:
+        result.write(folder / "report.json")
+        console.print(result.table())
+        console.print(f"Checkpoint, report and logs are in {folder}", soft_wrap=True, markup=False)
 
 
 def load_checkpoint(cfg: DictConfig) -> dict[str, Any]:
@@ -126,8 +131,12 @@ def load_weights(module: LightningModule, weights: dict[str, Any], cfg: DictConf
 def plan_epochs(cfg: DictConfig, schedule: Schedule) -> None:
     """Settle ``trainer.max_epochs``, and the module's ``lr_epochs`` if it has one, where they are left open.
 
+    Without ``trainer.max_epochs`` and ``trainer.max_steps``, each phase lasts ``inq.schedule.epochs_per_phase`` epochs,
+    4 without it. ``lr_epochs`` becomes the length of a phase, so that the learning rate decays once in each; where only
+    ``trainer.max_steps`` limits the run, it stays open.
+
     Raises:
-        ValueError: The schedule does not say how long the run should be.
+        ValueError: The schedule does not say how long the run should be, or does not fit into ``trainer.max_epochs``.
     """
     phases = len(schedule.portions)
     per_phase = cfg.inq.schedule.epochs_per_phase
@@ -140,13 +149,18 @@ def plan_epochs(cfg: DictConfig, schedule: Schedule) -> None:
         cfg.trainer.max_epochs = phases * (per_phase or EPOCHS_PER_PHASE)
     if "lr_epochs" in cfg.model and cfg.model.lr_epochs is None and cfg.trainer.max_epochs is not None:
         cfg.model.lr_epochs = per_phase or max(1, cfg.trainer.max_epochs // phases)
+    epochs = cfg.trainer.max_epochs
+    if schedule.unit == "epoch" and epochs is not None and epochs >= 0 and not cfg.trainer.fast_dev_run:
+        schedule.spread(epochs).check_fits(epochs)  # rather than after hours of pre-training
 
 
-def pretrain(cfg: DictConfig, data: LightningDataModule, carried: FullPrecision) -> dict[str, Any]:
+def pretrain(
+    cfg: DictConfig, data: LightningDataModule, callback: INQCallback, carried: FullPrecision
+) -> dict[str, Any]:
     """Train the full-precision network, or go on with it, and return its state_dict.
 
     Raises:
-        ValueError: ``pretrain.model`` has a key that the model lacks.
+        ValueError: ``pretrain.model`` has a key that the model lacks, or ``callback`` would find nothing to quantize.
     """
     cfg = cfg.copy()
     cfg.stage = "pretrain"
@@ -161,7 +175,8 @@ def pretrain(cfg: DictConfig, data: LightningDataModule, carried: FullPrecision)
         cfg.model.lr_epochs = None
     cfg.trainer.max_epochs = cfg.pretrain.max_epochs
     cfg.trainer.max_steps = -1
-    module: LightningModule = instantiate(cfg.model)
+    module: LightningModule = instantiate(cfg.model, _convert_="all")
+    callback.select(module)  # refuses bad patterns before hours of training rather than after
     build_trainer(cfg, cfg.trainer, [carried]).fit(module, data, ckpt_path=cfg.ckpt)
     return module.state_dict()
 
@@ -170,6 +185,8 @@ def build_trainer(cfg: DictConfig, trainer: DictConfig, callbacks: list[Callback
     """Instantiate the Trainer with the configured callbacks and loggers; ``callbacks`` go first."""
     configured = [instantiate(c) for c in cfg.callbacks.values()]
     loggers = [instantiate(c) for c in cfg.logger.values()]
+    if not loggers:  # the monitor refuses to work without one
+        configured = [c for c in configured if not isinstance(c, LearningRateMonitor)]
     callbacks = [*callbacks, *configured]
     built: Trainer = instantiate(trainer, callbacks=callbacks, logger=loggers, default_root_dir=cfg.output_dir)
     return built
@@ -180,3 +197,7 @@ def test(trainer: Trainer, module: LightningModule, data: LightningDataModule) -
     return {
         name: float(value) for metrics in trainer.test(module, data, verbose=False) for name, value in metrics.items()
     }
+
+
+if __name__ == "__main__":
+    main()

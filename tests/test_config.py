@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir, initialize_config_module
+from hydra.utils import instantiate
+from omegaconf import MISSING, DictConfig, OmegaConf
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+
+import inq_lightning.conf
+from inq_lightning import PRESETS, INQCallback
+from inq_lightning.classifier import Classifier
+from inq_lightning.config import (
+    ClassifierConfig,
+    DigitsConfig,
+    INQConfig,
+    NpzConfig,
+    ScheduleConfig,
+    TorchvisionConfig,
+    TrainConfig,
+    TrainerConfig,
+    build_schedule,
+)
+from inq_lightning.data import DigitsDataModule, NpzDataModule, TorchvisionDataModule
+from inq_lightning.schedule import Schedule, default_preset
+
+CONF = Path(next(iter(inq_lightning.conf.__path__)))
+GROUPS = ("callbacks", "data", "experiment", "inq", "inq/schedule", "logger", "model", "pretrain", "trainer")
+PLACES = {"npz": ["data.path=images.npz"], "imagefolder": ["data.root=images"]}
+NEEDS = {
+    ("data", "npz"): PLACES["npz"],
+    ("data", "imagefolder"): PLACES["imagefolder"],
+    ("experiment", "cifar10_resnet20_5bit"): PLACES["npz"],
+    ("model", "custom"): ["model._target_=torch.nn.Identity"],
+}
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def configure(*overrides: str) -> DictConfig:
+    with initialize_config_module("inq_lightning.conf", version_base="1.3"):
+        return compose("train", overrides=["output_dir=.", *overrides])
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """All interpolations resolved; an error where a value is missing."""
+    container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert isinstance(container, dict)
+    return container  # type: ignore[return-value]
+
+
+def test_the_list_of_groups_here_is_complete() -> None:
+    assert {path.parent.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")} == {".", *GROUPS}
+
+
+@pytest.mark.parametrize(("group", "option"), [(group, option) for group in GROUPS for option in options(group)])
+def test_every_file_composes_without_a_missing_value(group: str, option: str) -> None:
+    cfg = plain(configure(f"{group}={option}", *NEEDS.get((group, option), [])))
+    assert cfg.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+@pytest.mark.parametrize(
+    ("model", "data"),
+    [
+        ("small_cnn", "digits"),
+        ("small_cnn", "mnist"),
+        ("small_cnn", "cifar10"),
+        ("small_cnn", "npz"),
+        ("lenet5", "mnist"),
+        ("lenet5", "cifar10"),
+        ("resnet20", "digits"),
+        ("resnet20", "mnist"),
+        ("resnet20", "cifar10"),
+        ("resnet20", "npz"),
+        ("resnet32", "cifar10"),
+        ("resnet44", "cifar10"),
+        ("resnet56", "cifar10"),
+    ],
+)
+def test_a_model_fits_the_data_that_it_is_composed_with(model: str, data: str) -> None:
+    cfg = configure(f"model={model}", f"data={data}", *PLACES.get(data, []))
+    module, datamodule = instantiate(cfg.model), instantiate(cfg.data)
+    assert isinstance(module, LightningModule)
+    assert isinstance(datamodule, LightningDataModule)
+    images = torch.zeros(2, datamodule.in_channels, datamodule.image_size, datamodule.image_size)
+    assert module.eval()(images).shape == (2, datamodule.num_classes)
+
+
+@pytest.mark.parametrize("model", ["timm", "torchvision"])
+def test_networks_of_other_packages_take_the_number_of_classes_from_the_data(model: str) -> None:
+    cfg = plain(configure(f"model={model}", "data=imagefolder", "data.root=images", "data.num_classes=37"))
+    assert cfg["model"]["num_classes"] == cfg["model"]["net"]["num_classes"] == 37
+
+
+@pytest.mark.parametrize("trainer", ["default", "cpu"])
+def test_a_trainer_is_built_from_its_config(trainer: str) -> None:
+    cfg = configure(f"trainer={trainer}", "trainer.max_epochs=3", "trainer.accelerator=cpu")
+    built = instantiate(cfg.trainer, logger=False, enable_checkpointing=False)
+    assert isinstance(built, Trainer)
+    assert built.max_epochs == 3
+    assert built.precision == cfg.trainer.precision
+
+
+def test_other_arguments_of_the_trainer_can_be_added() -> None:
+    cfg = configure("+trainer.inference_mode=false", "trainer.accelerator=cpu")
+    assert instantiate(cfg.trainer, logger=False, enable_checkpointing=False).test_loop.inference_mode is False
+
+
+def test_the_experiment_sets_what_it_promises() -> None:
+    cfg = configure("experiment=cifar10_resnet20_5bit", "data.path=images.npz", "inq.bits=4")
+    assert cfg.model.net.depth == 20
+    assert cfg.model.channels_last is True
+    assert cfg.pretrain.max_epochs == 60
+    assert cfg.trainer.precision == "bf16-mixed"
+    assert cfg.inq.bits == 4
+
+
+def test_the_seed_reaches_the_data() -> None:
+    for data in options("data"):
+        assert plain(configure(f"data={data}", "seed=7", *PLACES.get(data, [])))["data"]["seed"] == 7
+
+
+# ---- schedules -------------------------------------------------------------------------------------------------------
+
+
+def test_every_preset_is_an_option_of_the_schedule() -> None:
+    assert set(options("inq/schedule")) == {"default", *PRESETS}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_gives_its_portions_whatever_the_bits(preset: str) -> None:
+    callback = instantiate(configure(f"inq/schedule={preset}", "inq.bits=3").inq)
+    assert callback.schedule == Schedule(PRESETS[preset])
+    assert callback.bits == 3
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_without_a_preset_the_bits_decide(bits: int) -> None:
+    assert instantiate(configure(f"inq.bits={bits}").inq).schedule == Schedule(PRESETS[default_preset(bits)])
+
+
+def test_portions_go_before_the_preset_and_phases_have_a_length() -> None:
+    overrides = ["inq/schedule=alexnet", "inq.schedule.portions=[0.4,1.0]", "inq.schedule.epochs_per_phase=3"]
+    assert instantiate(configure(*overrides).inq).schedule == Schedule((0.4, 1.0), (0, 3))
+
+
+def test_starts_and_unit_reach_the_schedule() -> None:
+    overrides = ["inq.schedule.portions=[0.4,1]", "inq.schedule.starts=[2,9]", "inq.schedule.unit=step"]
+    assert instantiate(configure(*overrides).inq).schedule == Schedule((0.4, 1.0), (2, 9), "step")
+
+
+def test_layers_are_chosen_from_the_command_line() -> None:
+    overrides = ["inq.include=['net.*']", "inq.exclude=['*.linear']", "+inq.layer_bits={net.conv1:8}"]
+    callback = instantiate(configure(*overrides).inq)
+    assert (callback.include, callback.exclude, callback.layer_bits) == (["net.*"], ["*.linear"], {"net.conv1": 8})
+
+
+def test_another_application_can_use_the_groups(tmp_path: Path) -> None:
+    (tmp_path / "app.yaml").write_text(
+        "defaults:\n  - inq: default\n  - _self_\nhydra:\n  searchpath: ['pkg://inq_lightning.conf']\n"
+    )
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        cfg = compose("app", overrides=["inq/schedule=vgg16", "inq.bits=4"])
+    callback = instantiate(cfg.inq)
+    assert isinstance(callback, INQCallback)
+    assert callback.bits == 4
+    assert callback.schedule == Schedule(PRESETS["vgg16"])
+
+
+# ---- structured configs and what they configure ----------------------------------------------------------------------
+
+
+def parameters(target: Callable[..., Any]) -> dict[str, Any]:
+    """Names and defaults, MISSING where there is none; nothing and an empty collection are the same."""
+    return {
+        name: MISSING if p.default is inspect.Parameter.empty else _default(p.default)
+        for name, p in inspect.signature(target).parameters.items()
+    }
+
+
+def fields(config: type) -> dict[str, Any]:
+    """The same of a structured config."""
+    return {name: _default(value) for name, value in vars(config()).items() if name not in ("_target_", "_convert_")}
+
+
+def _default(value: Any) -> Any:
+    return None if isinstance(value, (tuple, list, dict)) and not value else value
+
+
+@pytest.mark.parametrize(
+    ("config", "target"),
+    [
+        (ScheduleConfig, build_schedule),
+        (ClassifierConfig, Classifier),
+        (DigitsConfig, DigitsDataModule),
+        (NpzConfig, NpzDataModule),
+        (TorchvisionConfig, TorchvisionDataModule),
+    ],
+)
+def test_a_config_has_the_parameters_and_defaults_of_what_it_builds(config: type, target: Callable[..., Any]) -> None:
+    assert fields(config) == parameters(target)
+    assert config()._target_ == f"{target.__module__}.{target.__qualname__}"
+
+
+def test_the_callbacks_config_has_its_parameters_and_defaults() -> None:
+    ours, its = fields(INQConfig), parameters(INQCallback)
+    assert ours.pop("schedule") == ScheduleConfig()
+    assert its.pop("schedule") is None
+    assert ours == its
+    assert INQConfig()._target_ == "inq_lightning.INQCallback"
+
+
+def test_the_trainers_config_names_parameters_of_the_trainer() -> None:
+    assert fields(TrainerConfig).keys() <= parameters(Trainer).keys()

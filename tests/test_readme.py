@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from support import TinyModule
+
+from inq_lightning.config import INQConfig, ScheduleConfig
+from inq_lightning.schedule import PRESETS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = [path for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")] if "```" in path.read_text()]
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", document.read_text(), re.DOTALL)
+
+
+PYTHON = [pytest.param(code, id=f"{d.name}-{i}") for d in DOCUMENTS for i, code in enumerate(blocks(d, "python"))]
+CONSOLE = [
+    pytest.param(line, id=f"{d.name}-{i}")
+    for d in DOCUMENTS
+    for i, line in enumerate(x for b in blocks(d, "console") for x in b.splitlines() if x.startswith("inq-train "))
+]
+
+
+@pytest.mark.parametrize("code", PYTHON)
+def test_every_python_snippet_of_the_documents_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "snippet", "model": TinyModule(), "data": None, "checkpoint": tmp_path / "last.ckpt"}
+    if "checkpoint" in code:
+        from inq_lightning import INQCallback
+        from support import trainer
+
+        run = trainer(INQCallback(), max_epochs=16)
+        run.fit(TinyModule())
+        run.save_checkpoint(names["checkpoint"], weights_only=False)
+    exec(compile(code, "snippet", "exec"), names)
+
+
+@pytest.mark.parametrize("line", CONSOLE)
+def test_every_command_of_the_documents_composes(line: str, tmp_path: Path) -> None:
+    arguments = [a for a in shlex.split(line.split(" # ")[0])[1:] if a != "-m"]
+    arguments = [a.split(",")[0] if a.startswith("inq.bits=") else a for a in arguments]
+    command = [sys.executable, "-m", "inq_lightning.cli.train", *arguments, "--cfg", "job"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key == "inq.bits":
+            assert f"bits: {value}\n" in done.stdout
+
+
+def test_the_readme_lists_every_option_with_its_default() -> None:
+    for option in fields(INQConfig):
+        if option.name.startswith("_") or option.name == "schedule":
+            continue
+        row = re.search(rf"^\| `{option.name}` \| (.*?) \|", README, re.MULTILINE)
+        assert row, option.name
+        if isinstance(option.default, (bool, int, str)):
+            assert row[1] == f"`{str(option.default).lower()}`"
+    for option in fields(ScheduleConfig):
+        assert option.name in ("_target_", "bits") or re.search(rf"`(inq\.schedule\.)?{option.name}`", README)
+    for preset in PRESETS:
+        assert f"`{preset}`" in README
+
+
+def test_the_readme_promises_two_commands_that_the_makefile_has() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("demo", "test"):
+        assert f"\nmake {target} " in README
+        assert f"\n{target}:" in makefile
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("trainer.py", "100% of the weights are powers of two or zero"),
+        ("plain_pytorch.py", "100.0% quantized"),
+        ("hydra_app/app.py", "bits 4, quantized 100%"),
+    ],
+)
+def test_the_examples_run(script: str, expected: str, tmp_path: Path) -> None:
+    overrides = {"hydra_app/app.py": ["inq.bits=4", "inq/schedule=alexnet", "inq.schedule.epochs_per_phase=1"]}
+    command = [sys.executable, str(ROOT / "examples" / script), *overrides.get(script, [])]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stdout
