@@ -7,7 +7,6 @@ within one real Trainer; (d) counts tensors; (e) compares files.
 from __future__ import annotations
 
 import gc
-import os
 import statistics
 import tempfile
 import time
@@ -230,7 +229,7 @@ def checkpoint() -> float:
             trainer.fit(Sum(Weights()), DataLoader([[torch.ones(1)]], batch_size=None))
             path = Path(folder) / "checkpoint.ckpt"
             trainer.save_checkpoint(path, weights_only=False)
-            sizes.append(os.path.getsize(path))
+            sizes.append(path.stat().st_size)
     return (sizes[1] - sizes[0]) / (4 * NUMEL)
 
 

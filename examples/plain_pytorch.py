@@ -11,7 +11,7 @@ y = (x[:, :4] * x[:, 4:8]).argmax(1)
 model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
 
-layers = [FrozenWeight(*selected) for selected in select_parameters(model, bits=5)]
+layers = [FrozenWeight(s.name, s.parameter, s.bits) for s in select_parameters(model, bits=5)]
 schedule = Schedule.every(50, [0.5, 0.75, 0.875, 1.0])  # after 100 epochs of ordinary training
 
 for epoch in range(300):

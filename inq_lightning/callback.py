@@ -13,7 +13,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from inq_lightning import run, sharded
+from inq_lightning import guards, run, sharded
 from inq_lightning.frozen import FrozenWeight, Rounding
 from inq_lightning.grid import Underflow, check_bits, check_underflow
 from inq_lightning.partition import Partition, check_partition
@@ -64,6 +64,9 @@ class INQCallback(Callback):
         exclude: Leave out parameters that match one of these patterns.
         layer_bits: Bit widths for what matches a pattern, for instance ``{"net.conv1": 8, "net.fc": 8}``.
         embeddings: Whether to quantize embedding tables too.
+        keep_zeros: Freeze the weights that are exactly zero when INQ begins, at zero, for pruned networks (the paper's
+            section 3.5); portions then count the others. Weights under :mod:`torch.nn.utils.prune` are quantized in
+            place, as ``weight_orig``.
         restart_lr: Put learning rates and their schedulers back to where they began, at each phase.
         reset_optimizer: Forget the optimizers' state (momentum, second moments) at each phase.
         log_per_layer: Log each layer's quantized fraction too.
@@ -84,6 +87,7 @@ class INQCallback(Callback):
         exclude: Sequence[str] = (),
         layer_bits: Mapping[str, int] | None = None,
         embeddings: bool = False,
+        keep_zeros: bool = False,
         restart_lr: bool = True,
         reset_optimizer: bool = False,
         log_per_layer: bool = False,
@@ -104,6 +108,7 @@ class INQCallback(Callback):
         self.exclude = exclude
         self.layer_bits = layer_bits
         self.embeddings = embeddings
+        self.keep_zeros = keep_zeros
         self.restart_lr = restart_lr
         self.reset_optimizer = reset_optimizer
         self.log_per_layer = log_per_layer
@@ -163,6 +168,7 @@ class INQCallback(Callback):
             exclude=self.exclude,
             layer_bits=self.layer_bits,
             embeddings=self.embeddings,
+            pruned=self.keep_zeros,
         )
 
     def frozen_mask(self, name: str) -> Tensor:
@@ -188,19 +194,15 @@ class INQCallback(Callback):
     # ---- Lightning's hooks -------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier run."""
+        """Forget an earlier run, and refuse what would undo the quantization."""
         if stage == "fit":
+            guards.check_setup(trainer, self)
             self._release()
             self._reset()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember learning rates and schedulers as they were configured, before a checkpoint changes them."""
-        for optimizer in trainer.optimizers:
-            if isinstance(optimizer, torch.optim.LBFGS):
-                raise ValueError(
-                    "LBFGS moves the weights several times within one step, where frozen weights cannot be held; use "
-                    "another optimizer, such as SGD or AdamW"
-                )
+        guards.check_optimizers(trainer)
         if self.restart_lr:
             schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
             self._restart = LearningRateRestart(trainer.optimizers, schedulers)
@@ -208,7 +210,8 @@ class INQCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Select the weights, take up a checkpoint's state, and refuse a run that cannot reach portion 1."""
         self._adopt(pl_module)
-        self._begin(trainer)
+        self._begin(trainer, pl_module)
+        guards.order_callbacks(trainer, self._timetable, self._origin)
         for optimizer in trainer.optimizers:
             try:
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
@@ -253,7 +256,7 @@ class INQCallback(Callback):
         self._release()
         if self._loaded and not self._layers:  # the checkpoint of a completed run: there was nothing left to train
             self._adopt(pl_module)
-            self._begin(trainer)
+            self._begin(trainer, pl_module)
         for layer in self._layers.values():
             drifted = layer.drifted()
             if drifted:
@@ -276,6 +279,11 @@ class INQCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the optimizers."""
         self._release()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say in the checkpoint, under ``inq``, whether its network is fully quantized."""
+        fraction = self.quantized_fraction
+        checkpoint["inq"] = {"quantized_fraction": fraction, "fully_quantized": fraction == 1.0}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain numbers and one packed mask for each parameter (1 bit a weight)."""
@@ -303,15 +311,19 @@ class INQCallback(Callback):
     def _adopt(self, pl_module: LightningModule) -> None:
         """Take in all selected weights, those included that a finetuning callback has just made trainable."""
         sharded.reshard(pl_module)
-        for name, parameter, bits in self.select(pl_module):
-            if name not in self._layers:
-                self._layers[name] = FrozenWeight(name, parameter, bits, self.underflow)
+        for name, parameter, bits, pruning_mask in self.select(pl_module):
+            if name in self._layers:
+                continue
+            layer = self._layers[name] = FrozenWeight(name, parameter, bits, self.underflow)
+            if self._loaded is None:
+                if self.keep_zeros:
+                    layer.keep_zeros(pruning_mask)
                 if self._phase:
-                    self._freeze(self._layers[name])
+                    self._freeze(layer)
 
-    def _begin(self, trainer: Trainer) -> None:
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit the schedule to the run, then go on from a checkpoint's state or begin where the run stands."""
-        state, self._loaded = self._loaded, None
+        state = self._loaded
         if state is None:
             self._timetable = run.fit_schedule(self.schedule, trainer, run.position(trainer, self.schedule.unit))
             self._origin = run.position(trainer, self._timetable.unit)
@@ -321,9 +333,18 @@ class INQCallback(Callback):
                     f"{self._timetable.unit} {self._origin}."
                 )
             return
+        if state.get("version") != 1:
+            raise ValueError(
+                f"the checkpoint's INQ state has version {state.get('version')!r}, this release reads version 1; "
+                "resume with the release that wrote it, or load only its weights and start INQ afresh"
+            )
         saved = Schedule(**state["schedule"])
         if self.schedule.starts is None and self.schedule.portions == saved.portions:
             self._timetable = saved  # it was spread over the run that began
+        parameters = dict(pl_module.named_parameters())
+        for name, layer_state in state["layers"].items():  # a finetuning callback has not made it trainable again yet
+            if name not in self._layers and name in parameters and not parameters[name].requires_grad:
+                self._layers[name] = FrozenWeight(name, parameters[name], layer_state["bits"], self.underflow)
         differences = _differences(state, self._timetable, self._layers)
         if differences:
             raise ValueError(
@@ -335,6 +356,7 @@ class INQCallback(Callback):
         run.check_length(self._timetable, trainer, self._origin)
         for name, layer_state in state["layers"].items():
             self._layers[name].load_state_dict(layer_state)
+        self._loaded = None
 
     def _catch_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the phase that the schedule asks for, unless it has begun."""
@@ -342,6 +364,8 @@ class INQCallback(Callback):
         if phase <= self._phase:
             return
         sharded.reshard(pl_module)
+        if phase == len(self._timetable.portions):
+            guards.forget_best(trainer)
         self._phase = phase
         roundings = [self._freeze(layer) for layer in self._layers.values()]
         if self._restart is not None:

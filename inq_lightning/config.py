@@ -44,6 +44,7 @@ class INQConfig:
     exclude: list[str] = field(default_factory=list)
     layer_bits: dict[str, int] = field(default_factory=dict)
     embeddings: bool = False
+    keep_zeros: bool = False
     restart_lr: bool = True
     reset_optimizer: bool = False
     log_per_layer: bool = False

@@ -56,6 +56,7 @@ class FrozenWeight:
         self.underflow: Underflow = underflow
         self.grid: PowerOfTwoGrid | None = None
         self.frozen = 0
+        self._kept = 0  # zeros of a pruned network, which portions do not count
         # Frozen weights' values; +0.0 marks a free weight, so a weight frozen at zero is kept as -0.0.
         # Powers of two are exact in bfloat16.
         self._values = torch.zeros_like(sharded.local(parameter), dtype=torch.bfloat16)
@@ -70,8 +71,26 @@ class FrozenWeight:
         """bool, True where frozen; the local piece of a sharded parameter."""
         return _bits(self._values) != 0
 
+    def keep_zeros(self, pruning_mask: Tensor | None = None) -> None:
+        """Freeze at zero what is exactly zero now, and let portions count only the other weights.
+
+        For a sharded parameter it is a collective call.
+
+        Args:
+            pruning_mask: Tensor of the parameter's shape, 0 where :mod:`torch.nn.utils.prune` has pruned.
+        """
+        weight = sharded.local(self.parameter)
+        if pruning_mask is not None:
+            weight.mul_(sharded.local(pruning_mask))
+        new = (weight == 0).logical_and_(_bits(self._values) == 0)
+        self._values[new] = -0.0
+        self._kept = int(sharded.sum_over_shards(new.count_nonzero(), self.parameter))
+        self.frozen += self._kept
+
     def freeze(self, portion: float, partition: Partition = "magnitude", seed: int = 0) -> Rounding:
         """Round and freeze weights until round(portion · numel) are frozen; those frozen before count and stay.
+
+        Zeros that :meth:`keep_zeros` has frozen do not count on either side.
 
         The first call that meets a weight other than zero fixes the grid. For a sharded parameter it is a collective
         call.
@@ -93,7 +112,7 @@ class FrozenWeight:
             grid = self._fit(weight)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
-        count = round(portion * self.numel) - self.frozen
+        count = self._kept + round(portion * (self.numel - self._kept)) - self.frozen
         if count <= 0:
             return Rounding(0.0, 0.0)
         order = scores(self.parameter, partition, self.name, seed)
@@ -168,6 +187,7 @@ class FrozenWeight:
             "underflow": self.underflow,
             "n1": None if self.grid is None else self.grid.n1,
             "frozen": self.frozen,
+            "kept": self._kept,
             "mask": pack_mask(mask).cpu(),
         }
 
@@ -195,7 +215,7 @@ class FrozenWeight:
                 )
             frozen = frozen.to(values.dtype)
             values[mask] = torch.where(frozen == 0, -0.0, frozen)
-        self.grid, self._values, self.frozen = grid, values, int(state["frozen"])
+        self.grid, self._values, self.frozen, self._kept = grid, values, int(state["frozen"]), int(state["kept"])
 
     def _fit(self, weight: Tensor) -> PowerOfTwoGrid:
         """The grid in force, or the one that the weights ask for; refuses nan and inf in every process alike."""

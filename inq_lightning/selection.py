@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
@@ -15,11 +15,19 @@ from inq_lightning.grid import check_bits
 
 
 class Selected(NamedTuple):
-    """One selected parameter: its name in ``module.named_parameters()``, itself, and its bit width."""
+    """One selected parameter.
+
+    Attributes:
+        name: Its name in ``module.named_parameters()``, without what `torch.compile` adds.
+        parameter: Itself.
+        bits: Its bit width.
+        pruning_mask: What :mod:`torch.nn.utils.prune` multiplies it with; None for most.
+    """
 
     name: str
     parameter: nn.Parameter
     bits: int
+    pruning_mask: Tensor | None = None
 
 
 def select_parameters(
@@ -30,6 +38,7 @@ def select_parameters(
     exclude: Sequence[str] = (),
     layer_bits: Mapping[str, int] | None = None,
     embeddings: bool = False,
+    pruned: bool = False,
 ) -> list[Selected]:
     """Select the weights to quantize, in the module's order.
 
@@ -47,6 +56,7 @@ def select_parameters(
         exclude: Leave out candidates that match one of these patterns.
         layer_bits: Another bit width for what matches a pattern; the last matching pattern counts.
         embeddings: Whether embedding tables are candidates too.
+        pruned: Whether to take weights under :mod:`torch.nn.utils.prune`, as ``weight_orig`` with their masks.
 
     Raises:
         ValueError: A pattern matches nothing, a bit width is not allowed, a selected weight is computed from other
@@ -61,20 +71,29 @@ def select_parameters(
         _check_matches(option, patterns, candidates)
 
     selected = []
-    for name, layer in candidates.items():
-        if (include is not None and not _matches(name, include)) or _matches(name, exclude):
+    for candidate, layer in candidates.items():
+        if (include is not None and not _matches(candidate, include)) or _matches(candidate, exclude):
             continue
-        parameter = layer._parameters.get(name.rpartition(".")[2])
+        name = candidate
+        weight, mask = name.rpartition(".")[2], None
+        parameter = layer._parameters.get(weight)
+        if parameter is None and pruned and f"{weight}_mask" in layer._buffers:
+            name, parameter, mask = (
+                f"{name}_orig",
+                layer._parameters[f"{weight}_orig"],
+                layer._buffers[f"{weight}_mask"],
+            )
         if parameter is None:
             raise ValueError(
                 f"{name} is computed from other parameters (weight_norm, spectral_norm, pruning or another "
                 "parametrization), so rounding them would not put it on a grid; make it a plain parameter first, with "
-                "torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm or prune.remove, or exclude it"
+                "torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm or prune.remove, or exclude "
+                "it; pruned weights can be quantized as they are with keep_zeros=True"
             )
         if not parameter.requires_grad:
             continue
-        width = next((b for pattern, b in reversed(layer_bits.items()) if _matches(name, [pattern])), bits)
-        selected.append(Selected(name, parameter, width))
+        width = next((b for pattern, b in reversed(layer_bits.items()) if _matches(candidate, [pattern])), bits)
+        selected.append(Selected(name, parameter, width, mask))
     if not selected:
         raise ValueError(
             "no weight to quantize: the module has no trainable convolution, linear, attention or recurrent weight "

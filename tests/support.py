@@ -39,7 +39,7 @@ class TinyModule(LightningModule):
         return nn.functional.cross_entropy(self.net(x.to(self.net[0].weight.dtype)).float(), y)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        # A plain DataLoader begins anew when a run resumes in mid-epoch; what a step sees shall depend on the step only.
+        # A plain DataLoader begins anew when a run resumes in mid-epoch; here a step's data depend on the step only.
         return self.loss(self.batches[self.global_step % len(self.batches)])
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:

@@ -8,11 +8,11 @@ import hydra
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+import inq_lightning.config  # noqa: F401  registers the structured configs
 from inq_lightning.classifier import Classifier
 from inq_lightning.data import (
     DigitsDataModule,
@@ -377,8 +377,8 @@ def test_bad_image_folders_are_named(tmp_path: Path) -> None:
 
 
 def load_config(data: str, model: str, *overrides: str) -> Any:
-    groups = {"data": OmegaConf.load(CONF / f"data/{data}.yaml"), "model": OmegaConf.load(CONF / f"model/{model}.yaml")}
-    return OmegaConf.merge(groups, OmegaConf.from_dotlist(list(overrides)))
+    with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        return hydra.compose("train", [f"data={data}", f"model={model}", *overrides])
 
 
 @pytest.mark.parametrize("model", ["small_cnn", "lenet5", "resnet20", "resnet32", "resnet44", "resnet56"])

@@ -35,8 +35,9 @@ def test_every_python_snippet_of_the_documents_runs(code: str, tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "snippet", "model": TinyModule(), "data": None, "checkpoint": tmp_path / "last.ckpt"}
     if "checkpoint" in code:
-        from inq_lightning import INQCallback
         from support import trainer
+
+        from inq_lightning import INQCallback
 
         run = trainer(INQCallback(), max_epochs=16)
         run.fit(TinyModule())
