@@ -287,8 +287,8 @@ class INQCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain numbers and one packed mask for each parameter (1 bit a weight)."""
-        if not self._layers:
-            return self._loaded or {}  # a checkpoint written before training started, as the tuners do
+        if self._loaded is not None or not self._layers:
+            return self._loaded or {}  # written before training started, by a tuner or after a refusal
         return {
             "version": 1,
             "phase": self._phase,
@@ -364,6 +364,8 @@ class INQCallback(Callback):
         if phase <= self._phase:
             return
         sharded.reshard(pl_module)
+        for layer in self._layers.values():
+            layer.check()  # all of them, so that an error leaves none frozen ahead of the others
         if phase == len(self._timetable.portions):
             guards.forget_best(trainer)
         self._phase = phase

@@ -87,6 +87,14 @@ class FrozenWeight:
         self._kept = int(sharded.sum_over_shards(new.count_nonzero(), self.parameter))
         self.frozen += self._kept
 
+    def check(self) -> None:
+        """Refuse weights that no grid can take; for a sharded parameter it is a collective call.
+
+        Raises:
+            ValueError: They contain nan or inf, or their dtype cannot hold the grid; the message names the parameter.
+        """
+        self._fit(sharded.local(self.parameter))
+
     def freeze(self, portion: float, partition: Partition = "magnitude", seed: int = 0) -> Rounding:
         """Round and freeze weights until round(portion · numel) are frozen; those frozen before count and stay.
 
@@ -108,10 +116,7 @@ class FrozenWeight:
                 the parameter, and nothing has changed.
         """
         weight = sharded.local(self.parameter)
-        try:
-            grid = self._fit(weight)
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from error
+        grid = self._fit(weight)
         count = self._kept + round(portion * (self.numel - self._kept)) - self.frozen
         if count <= 0:
             return Rounding(0.0, 0.0)
@@ -221,9 +226,12 @@ class FrozenWeight:
         """The grid in force, or the one that the weights ask for; refuses nan and inf in every process alike."""
         largest = weight.abs().max().double() if weight.numel() else weight.new_zeros((), dtype=torch.float64)
         largest = sharded.max_over_shards(largest.nan_to_num(nan=torch.inf, posinf=torch.inf), self.parameter)
-        if self.grid is None or self.grid.n1 is None or not torch.isfinite(largest):
+        if self.grid is not None and self.grid.n1 is not None and torch.isfinite(largest):
+            return self.grid  # whatever the weights have become since: they saturate
+        try:
             return PowerOfTwoGrid.from_max(float(largest), weight.dtype, self.bits, self.underflow)
-        return self.grid  # whatever the weights have become since: they saturate
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
 
 
 def pack_mask(mask: Tensor) -> Tensor:

@@ -89,8 +89,8 @@ def order_callbacks(trainer: Trainer, schedule: Schedule, origin: int) -> None:
             if schedule.unit != "epoch" or begins < complete:
                 raise ValueError(
                     f"StochasticWeightAveraging begins at epoch {begins} (counted from 0), but all weights are "
-                    f"quantized only from {schedule.unit} {complete} on, and averages of powers of two are none; let it "
-                    f"begin later (swa_epoch_start={complete + 1}, as a whole number) or average before quantizing"
+                    f"quantized only from {schedule.unit} {complete} on, and averages of powers of two are none; let "
+                    f"it begin later (swa_epoch_start={complete + 1}, as a whole number) or average before quantizing"
                 )
 
 
