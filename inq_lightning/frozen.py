@@ -6,7 +6,6 @@ each backward pass and :meth:`FrozenWeight.restore` after each optimizer step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +58,7 @@ class FrozenWeight:
         self._kept = 0  # zeros of a pruned network, which portions do not count
         # Frozen weights' values; +0.0 marks a free weight, so a weight frozen at zero is kept as -0.0.
         # Powers of two are exact in bfloat16.
-        self._values = torch.zeros_like(sharded.local(parameter), dtype=torch.bfloat16)
+        self._set_values(torch.zeros_like(sharded.local(parameter), dtype=torch.bfloat16))
 
     @property
     def numel(self) -> int:
@@ -84,8 +83,9 @@ class FrozenWeight:
             weight.mul_(sharded.local(pruning_mask))
         new = (weight == 0).logical_and_(_bits(self._values) == 0)
         self._values[new] = -0.0
-        self._kept = int(sharded.sum_over_shards(new.count_nonzero(), self.parameter))
-        self.frozen += self._kept
+        kept = int(sharded.sum_over_shards(new.count_nonzero(), self.parameter))
+        self._kept += kept
+        self.frozen += kept
 
     def check(self) -> None:
         """Refuse weights that no grid can take; for a sharded parameter it is a collective call.
@@ -124,15 +124,15 @@ class FrozenWeight:
         chosen = select(order, _bits(self._values) == 0, count, like=self.parameter)
         if self.grid is not grid:
             self.grid = grid
-            self._values = self._values.to(_storage_dtype(grid))
+            self._set_values(self._values.to(_storage_dtype(grid)))
         signal = noise = 0.0
-        for w, new, value in _chunks(weight, chosen, self._values):
+        for w, new, (value, bits) in zip(_split(weight), _split(chosen), self._chunks, strict=True):
             before = w * new
             after = grid.round(before)  # 0, hence "free", for all the others
             signal += float(torch.linalg.vector_norm(before, dtype=torch.float64)) ** 2
             noise += float(torch.linalg.vector_norm(before - after, dtype=torch.float64)) ** 2
-            sign = new.logical_and(after == 0).to(_bits(value).dtype).bitwise_left_shift_(8 * value.element_size() - 1)
-            _bits(value).bitwise_or_(_bits(after.to(value.dtype))).bitwise_or_(sign)
+            sign = new.logical_and(after == 0).to(bits.dtype).bitwise_left_shift_(8 * value.element_size() - 1)
+            bits.bitwise_or_(_bits(after.to(value.dtype))).bitwise_or_(sign)
         self.frozen += count
         self.restore()
         sums = torch.tensor([signal, noise], dtype=torch.float64, device=weight.device)
@@ -153,8 +153,8 @@ class FrozenWeight:
         # A shift by the bits of the value clears what is frozen in one vectorized pass, several times faster than a
         # masked fill: a free weight's bits are 0, which shifts nothing; those of a normal number are negative or exceed
         # the width of any word, for which PyTorch defines the result 0.
-        for g, value in _chunks(_bits(grad), _bits(self._values)):
-            g.bitwise_left_shift_(value)
+        for g, (_, bits) in zip(_split(_bits(grad)), self._chunks, strict=True):
+            g.bitwise_left_shift_(bits)
 
     def restore(self) -> None:
         """Put the frozen weights back to their values, bit for bit, wherever an optimizer has moved them."""
@@ -169,16 +169,19 @@ class FrozenWeight:
             weight.copy_(self._values).add_(0.0)  # -0.0 becomes +0.0
             return
         widened = weight.element_size() > self._values.element_size()
-        for w, bits, value in _chunks(weight, _bits(weight), self._values):
-            exact = value.to(w.dtype)
-            bits.bitwise_left_shift_(_bits(exact if widened else value))  # as in mask_gradient
+        exact = torch.empty(0)
+        for w, (value, bits) in zip(_split(weight), self._chunks, strict=True):
+            if exact.shape != w.shape:
+                exact = torch.empty_like(w)
+            exact.copy_(value)
+            _bits(w).bitwise_left_shift_(_bits(exact) if widened else bits)  # as in mask_gradient
             w.add_(exact)  # free: x + 0.0; frozen: 0.0 + value, where -0.0 becomes +0.0
 
     def drifted(self) -> int:
         """How many frozen weights of the local piece differ from the values they were frozen at."""
         weight = sharded.local(self.parameter)
         values = self._values.to(weight.device)  # Lightning moves a trained module back to the CPU
-        return sum(int((w != value).logical_and_(_bits(value) != 0).sum()) for w, value in _chunks(weight, values))
+        return int((weight != values).logical_and_(_bits(values) != 0).sum())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the weights themselves do not tell, in plain numbers and one uint8 tensor.
@@ -220,7 +223,12 @@ class FrozenWeight:
                 )
             frozen = frozen.to(values.dtype)
             values[mask] = torch.where(frozen == 0, -0.0, frozen)
-        self.grid, self._values, self.frozen, self._kept = grid, values, int(state["frozen"]), int(state["kept"])
+        self.grid, self.frozen, self._kept = grid, int(state["frozen"]), int(state["kept"])
+        self._set_values(values)
+
+    def _set_values(self, values: Tensor) -> None:
+        self._values = values
+        self._chunks = [(chunk, _bits(chunk)) for chunk in _split(values)]  # views, cut once and used at every step
 
     def _fit(self, weight: Tensor) -> PowerOfTwoGrid:
         """The grid in force, or the one that the weights ask for; refuses nan and inf in every process alike."""
@@ -267,10 +275,7 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(_INTEGERS[tensor.element_size()])
 
 
-def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of cache size, the same part of every tensor, whatever their memory formats."""
-    first = tensors[0]
-    if first.numel() <= _CHUNK:
-        return iter([tensors])
-    rows = max(1, _CHUNK * first.shape[0] // first.numel())
-    return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
+def _split(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Views of cache size, the same cuts for tensors of the same shape, whatever their memory formats."""
+    rows = max(1, _CHUNK * tensor.shape[0] // max(tensor.numel(), 1))
+    return torch.split(tensor, rows)  # type: ignore[no-untyped-call]

@@ -223,15 +223,57 @@ def test_freezing_leaves_the_parameter_and_its_module_what_they_were() -> None:
     assert parameter.grad is not None
 
 
+# Zeros of pruned networks
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize("partition", ["magnitude", "random"])
+def test_kept_zeros_stay_zero_and_portions_count_the_other_weights(partition: str, with_mask: bool) -> None:
+    w = random(10, 10)
+    pruned = random(10, 10, seed=1).abs() < 0.5
+    w[0, 0], pruned[0, 0] = -0.0, True
+    zeros = int(pruned.sum())
+    if not with_mask:
+        w[pruned] = 0
+    frozen = FrozenWeight("w", w)
+    for _ in range(2):  # once more changes nothing
+        frozen.keep_zeros((~pruned).float() if with_mask else None)
+        assert torch.equal(frozen.mask, pruned)
+        assert frozen.frozen == zeros
+    for portion in (0.0, 0.25, 0.5, 1.0):
+        frozen.freeze(portion, partition)
+        assert frozen.frozen == int(frozen.mask.sum()) == zeros + round(portion * (100 - zeros))
+        w.add_(1.0)
+        frozen.restore()
+        assert identical(w[pruned], torch.zeros(zeros))
+        resumed = FrozenWeight("w", w.clone())
+        resumed.load_state_dict(frozen.state_dict())
+        assert torch.equal(resumed.mask, frozen.mask)
+        resumed.freeze(1.0, partition)
+        assert resumed.frozen == 100
+
+
+def test_weights_that_rounding_sent_to_zero_are_not_counted_as_kept() -> None:
+    w = torch.tensor([1.0, 1e-9, 1e-9, 1.0])
+    frozen = FrozenWeight("w", w)
+    frozen.freeze(0.75)
+    assert w.tolist() == [1, 0, torch.tensor(1e-9).item(), 1]
+    frozen.keep_zeros()
+    assert frozen.frozen == 3
+    frozen.freeze(1.0)
+    assert frozen.frozen == 4
+
+
 # Gradients and restoring: the ranges in which frozen values live
 
 KINDS = {  # dtype, typical weight, bits
     "float16": (torch.float16, 1.0, 5),
-    "float16, subnormal levels": (torch.float16, 2.0**-14, 5),
+    "float16, subnormal levels": (torch.float16, 2.0**-19, 5),
     "bfloat16": (torch.bfloat16, 1.0, 5),
-    "bfloat16, subnormal levels": (torch.bfloat16, 2.0**-123, 5),
+    "bfloat16, subnormal levels": (torch.bfloat16, 2.0**-128, 5),
     "float32": (torch.float32, 1.0, 5),
     "float32, near 1e-38": (torch.float32, 1e-38, 5),
+    "float32, subnormal levels": (torch.float32, 2.0**-144, 5),
     "float32, near 1e38": (torch.float32, 3e37, 8),
     "float64": (torch.float64, 1.0, 5),
     "float64, near 1e-60": (torch.float64, 1e-60, 5),
@@ -481,7 +523,7 @@ def test_embeddings_with_sparse_gradients_stay_exact() -> None:
         table = nn.Embedding(30, 4, sparse=True)
         targets = torch.randn(30, 4)
     start = table.weight.detach().clone()
-    optimizer = torch.optim.SGD(table.parameters(), lr=0.5)
+    optimizer = torch.optim.SGD(table.parameters(), lr=0.01)
     frozen = FrozenWeight("weight", table.weight)
     for portion in (0.4, 0.8, 1.0):
         frozen.freeze(portion)

@@ -63,9 +63,10 @@ def test_every_kind_of_layer_gives_its_weights_and_no_bias(layer: nn.Module, wei
     selected = select_parameters(net, 3)
     assert [s.name for s in selected] == [f"1.block.{weight}" for weight in weights]
     parameters = dict(net.named_parameters())
-    for name, parameter, bits in selected:
-        assert parameter is parameters[name]
-        assert bits == 3
+    for s in selected:
+        assert s.parameter is parameters[s.name]
+        assert s.bits == 3
+        assert s.pruning_mask is None
 
 
 def test_a_transformer_layer_gives_its_attention_and_both_linear_layers() -> None:
@@ -202,6 +203,18 @@ def test_weights_computed_from_others_are_refused_by_name_unless_left_out(kind: 
         select_parameters(net)
     assert names(net, exclude=["normed"]) == ["plain.weight"]
     assert names(net, include=["plain"]) == ["plain.weight"]
+
+
+def test_pruned_weights_can_be_taken_as_they_are_with_their_masks() -> None:
+    net = nn.ModuleDict({"pruned": computed_weight("prune"), "plain": nn.Linear(3, 3)})
+    pruned, plain = select_parameters(net, pruned=True, layer_bits={"pruned.weight": 3})
+    assert (pruned.name, pruned.bits, plain.name, plain.bits) == ("pruned.weight_orig", 3, "plain.weight", 5)
+    assert pruned.parameter is net["pruned"].weight_orig
+    assert pruned.pruning_mask is net["pruned"].weight_mask
+    assert plain.pruning_mask is None
+    for kind in KINDS[:-1]:
+        with pytest.raises(ValueError, match="weight is computed from other parameters"):
+            select_parameters(computed_weight(kind), pruned=True)
 
 
 def test_weights_are_selected_again_once_pruning_or_a_parametrization_is_removed() -> None:
