@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -44,7 +45,15 @@ class LayerInfo(NamedTuple):
     frozen: int
 
 
-class INQCallback(Callback):
+if TYPE_CHECKING or "lightning.pytorch" not in sys.modules:
+    _Callback = Callback
+else:  # LightningCLI of the unified package takes only subclasses of its own Callback
+
+    class _Callback(Callback, sys.modules["lightning.pytorch"].Callback):
+        """A callback of both packages."""
+
+
+class INQCallback(_Callback):
     """Turns the weights of the module that the Trainer fits into powers of two, phase by phase.
 
     At the beginning of each phase the largest free weights of every layer are rounded to the layer's grid and frozen
@@ -124,6 +133,7 @@ class INQCallback(Callback):
         self._restart: LearningRateRestart | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._restored = False  # by a step hook, since the last batch ended
+        self._bypassed = False  # whether weights may move after the last step hook
         self._sqnr: float | None = None  # dB, of the group frozen last
 
     # ---- what users ask ----------------------------------------------------------------------------------------------
@@ -204,20 +214,25 @@ class INQCallback(Callback):
         """Remember learning rates and schedulers as they were configured, before a checkpoint changes them."""
         guards.check_optimizers(trainer)
         if self.restart_lr:
-            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-            self._restart = LearningRateRestart(trainer.optimizers, schedulers)
+            self._restart = self._remember_rates(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Select the weights, take up a checkpoint's state, and refuse a run that cannot reach portion 1."""
         self._adopt(pl_module)
         self._begin(trainer, pl_module)
         guards.order_callbacks(trainer, self._timetable, self._origin)
+        if self._restart is not None and not trainer.global_step:  # a learning rate finder has set the rates since
+            self._restart = self._remember_rates(trainer)
         for optimizer in trainer.optimizers:
             try:
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
             except AttributeError:
                 # A wrapper that never initialized its base class; on_train_batch_end restores after it.
                 continue
+        overridden = type(pl_module).optimizer_step.__qualname__ != "LightningModule.optimizer_step"
+        self._bypassed = (
+            overridden or not pl_module.automatic_optimization or len(self._handles) < len(trainer.optimizers)
+        )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise the quantized portion to where the schedule says, and log it."""
@@ -228,6 +243,8 @@ class INQCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Raise the portion if its step has come, or if a resumed run has missed the epoch's start."""
+        if batch_idx == 0:  # a finetuning callback further down the list has had its turn now
+            self._adopt(pl_module)
         self._catch_up(trainer, pl_module)
         if self._timetable.unit == "step":
             self._log_state(pl_module, on_step=True, on_epoch=False)
@@ -242,8 +259,8 @@ class INQCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Restore frozen weights where no step hook has done so: after optimizers that bypass hooks."""
-        if not self._restored:
+        """Restore frozen weights where no step hook has done so: after what may move weights without one."""
+        if self._bypassed or not self._restored:
             self._restore()
         self._restored = False
 
@@ -341,7 +358,8 @@ class INQCallback(Callback):
         saved = Schedule(**state["schedule"])
         if self.schedule.starts is None and self.schedule.portions == saved.portions:
             self._timetable = saved  # it was spread over the run that began
-        parameters = dict(pl_module.named_parameters())
+        everything = pl_module.named_parameters(remove_duplicate=False)
+        parameters = {name.replace("_orig_mod.", ""): parameter for name, parameter in everything}
         for name, layer_state in state["layers"].items():  # a finetuning callback has not made it trainable again yet
             if name not in self._layers and name in parameters and not parameters[name].requires_grad:
                 self._layers[name] = FrozenWeight(name, parameters[name], layer_state["bits"], self.underflow)
@@ -382,6 +400,10 @@ class INQCallback(Callback):
     def _freeze(self, layer: FrozenWeight) -> Rounding:
         return layer.freeze(self._timetable.portions[self._phase - 1], self.partition, self.seed)
 
+    def _remember_rates(self, trainer: Trainer) -> LearningRateRestart:
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        return LearningRateRestart(trainer.optimizers, schedulers)
+
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._restore()
         self._restored = True
@@ -401,10 +423,11 @@ class INQCallback(Callback):
             pl_module.log(f"inq/{name}", value, prog_bar=bar, batch_size=1, **when)
 
     def _release(self) -> None:
-        """Remove the step hooks."""
+        """Remove the step hooks, and let go of optimizers and schedulers: not every one can be pickled."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._restart = None
 
 
 def _as_schedule(schedule: Schedule | Mapping[int, float] | str | None, bits: int) -> Schedule:

@@ -80,7 +80,7 @@ class FrozenWeight:
         """
         weight = sharded.local(self.parameter)
         if pruning_mask is not None:
-            weight.mul_(sharded.local(pruning_mask))
+            weight.mul_(sharded.local_part(pruning_mask, self.parameter))
         new = (weight == 0).logical_and_(_bits(self._values) == 0)
         self._values[new] = -0.0
         kept = int(sharded.sum_over_shards(new.count_nonzero(), self.parameter))
@@ -112,9 +112,11 @@ class FrozenWeight:
             What the rounding did to the newly frozen weights, over all shards.
 
         Raises:
-            ValueError: The weights contain nan or inf, or their dtype cannot hold the grid exactly; the message names
-                the parameter, and nothing has changed.
+            ValueError: The weights contain nan or inf, their dtype cannot hold the grid exactly, or ``portion`` is no
+                share; the message names the parameter, and nothing has changed.
         """
+        if not 0 <= portion <= 1:
+            raise ValueError(f"{self.name}: the portion to freeze must lie between 0 and 1, got {portion}")
         weight = sharded.local(self.parameter)
         grid = self._fit(weight)
         count = self._kept + round(portion * (self.numel - self._kept)) - self.frozen
@@ -209,13 +211,19 @@ class FrozenWeight:
         for key, value in own.items():
             if state[key] != value:
                 raise ValueError(f"{self.name}: {key} is {value} here but {state[key]} in the saved state")
-        mask = sharded.local_part(unpack_mask(state["mask"], self.parameter.shape), self.parameter)
+        whole = unpack_mask(state["mask"], self.parameter.shape)
+        if int(whole.count_nonzero()) != state["frozen"]:
+            raise ValueError(
+                f"{self.name}: the saved mask has {int(whole.count_nonzero())} weights, not {state['frozen']}"
+            )
+        mask = sharded.local_part(whole, self.parameter)
         weight = sharded.local(self.parameter)
         grid = PowerOfTwoGrid(state["n1"], self.bits, self.underflow) if state["frozen"] else None
         values = torch.zeros_like(weight, dtype=torch.bfloat16 if grid is None else _storage_dtype(grid))
         if grid is not None:
             frozen = weight[mask]
-            off = int((grid.quantize(frozen.nan_to_num()) != frozen).sum())
+            moved = (grid.quantize(frozen.nan_to_num()) != frozen).count_nonzero()
+            off = int(sharded.sum_over_shards(moved, self.parameter))
             if off:
                 raise ValueError(
                     f"{self.name}: {off} weights that the saved state calls frozen are not on its grid; "
@@ -277,5 +285,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _split(tensor: Tensor) -> tuple[Tensor, ...]:
     """Views of cache size, the same cuts for tensors of the same shape, whatever their memory formats."""
+    if tensor.dim() == 0:
+        return (tensor,)
     rows = max(1, _CHUNK * tensor.shape[0] // max(tensor.numel(), 1))
-    return torch.split(tensor, rows)  # type: ignore[no-untyped-call]
+    return torch.split(tensor, rows)

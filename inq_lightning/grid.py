@@ -130,7 +130,7 @@ class PowerOfTwoGrid:
         self.check_dtype(w.dtype)
         if not torch.isfinite(w).all():
             raise ValueError("the weights contain nan or inf, which have no place on a grid")
-        return self.round(w)
+        return self.round(w.detach())
 
     def round(self, w: Tensor) -> Tensor:
         """:meth:`quantize` for weights that are known to be finite, in a dtype that is known to hold the grid."""

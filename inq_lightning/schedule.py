@@ -76,6 +76,8 @@ class Schedule:
     @classmethod
     def from_mapping(cls, portions: Mapping[int, float], unit: Unit = "epoch") -> Schedule:
         """Build from start → portion, such as ``{0: 0.5, 4: 0.75, 8: 0.875, 12: 1.0}``, in any order of the keys."""
+        for start in portions:
+            _number(start, int, "start")
         starts = sorted(portions)
         return cls(tuple(portions[s] for s in starts), tuple(starts), unit)
 

@@ -44,7 +44,7 @@ def select_parameters(
 
     Candidates are the trainable weights of convolutions (transposed ones too), linear layers, multi-head attention
     (its projections) and recurrent layers and cells; never biases or norms. A weight that several layers share comes
-    once, under the first layer's name.
+    once, also where one of them is an embedding.
 
     A pattern is matched by :mod:`fnmatch` (``*`` also crosses dots) against the parameter's name (``net.fc.weight``)
     and the layer's (``net.fc``).
@@ -70,6 +70,8 @@ def select_parameters(
     for option, patterns in (("include", include or []), ("exclude", exclude), ("layer_bits", layer_bits)):
         _check_matches(option, patterns, candidates)
 
+    # A weight that is tied to another layer's bears the name that the module lists it under.
+    own_names = {id(p): name.replace("_orig_mod.", "") for name, p in module.named_parameters()}
     selected = []
     for candidate, layer in candidates.items():
         if (include is not None and not _matches(candidate, include)) or _matches(candidate, exclude):
@@ -90,10 +92,15 @@ def select_parameters(
                 "torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm or prune.remove, or exclude "
                 "it; pruned weights can be quantized as they are with keep_zeros=True"
             )
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(
+                f"{name} belongs to a lazy layer and has no shape yet; run one batch through it before training the "
+                "module with INQ, or exclude it"
+            )
         if not parameter.requires_grad:
             continue
         width = next((b for pattern, b in reversed(layer_bits.items()) if _matches(candidate, [pattern])), bits)
-        selected.append(Selected(name, parameter, width, mask))
+        selected.append(Selected(own_names.get(id(parameter), name), parameter, width, mask))
     if not selected:
         raise ValueError(
             "no weight to quantize: the module has no trainable convolution, linear, attention or recurrent weight "
@@ -111,11 +118,6 @@ def _candidates(module: nn.Module, embeddings: bool) -> Iterator[tuple[str, nn.M
             parameter = layer._parameters.get(weight)
             if parameter is None and not hasattr(layer, weight):
                 continue
-            if isinstance(parameter, UninitializedParameter):
-                raise ValueError(
-                    f"{path or type(layer).__name__} is a lazy layer whose weights have no shape yet; run one batch "
-                    "through the module before training it with INQ"
-                )
             if parameter is not None and id(parameter) in seen:
                 continue
             seen.add(id(parameter))

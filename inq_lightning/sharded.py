@@ -22,9 +22,11 @@ def local_part(full: Tensor, like: Tensor) -> Tensor:
     """Cut out of ``full`` (the same in every process) the piece that corresponds to ``local(like)``.
 
     Args:
-        full: Tensor of the global shape of ``like``, any dtype.
+        full: Tensor of the global shape of ``like``, any dtype; one that is sharded as ``like`` is cut already.
         like: The sharded or plain tensor to follow.
     """
+    if isinstance(full, DTensor):
+        return local(full)
     full = full.to(like.device)
     if not isinstance(like, DTensor):
         return full

@@ -205,8 +205,16 @@ def test_impossible_settings_are_refused() -> None:
         FrozenWeight("w", torch.ones(4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"partition must be .* got 'largest'"):
         FrozenWeight("w", w).freeze(0.5, "largest")
-    with pytest.raises(ValueError, match="cannot choose 6 of 4"):
-        FrozenWeight("w", w).freeze(1.5)
+    for portion in (1.5, -0.1, math.nan):
+        with pytest.raises(ValueError, match=f"w: the portion .* got {portion}"):
+            FrozenWeight("w", w).freeze(portion)
+
+
+def test_a_state_whose_count_is_not_its_masks_is_refused() -> None:
+    frozen = FrozenWeight("conv.weight", torch.ones(4))
+    frozen.freeze(0.5)
+    with pytest.raises(ValueError, match=r"conv\.weight: the saved mask has 2 weights, not 4"):
+        frozen.load_state_dict(frozen.state_dict() | {"frozen": 4})
 
 
 def test_freezing_leaves_the_parameter_and_its_module_what_they_were() -> None:

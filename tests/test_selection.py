@@ -227,8 +227,11 @@ def test_weights_are_selected_again_once_pruning_or_a_parametrization_is_removed
 @pytest.mark.parametrize("layer", [nn.LazyLinear(3), nn.LazyConv2d(3, 3)])
 def test_a_lazy_layer_is_refused_by_name_until_it_has_a_shape(layer: nn.Module) -> None:
     net = nn.ModuleDict({"stem": layer})
-    with pytest.raises(ValueError, match=r"stem is a lazy layer.*run one batch"):
+    with pytest.raises(ValueError, match=r"stem\.weight belongs to a lazy layer.*run one batch"):
         select_parameters(net)
+    net["head"] = nn.Linear(2, 2)
+    assert names(net, exclude=["stem"]) == ["head.weight"]
+    del net["head"]
     layer(torch.zeros(2, 4, 5, 5))
     assert names(net) == ["stem.weight"]
 
