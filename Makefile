@@ -12,7 +12,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/installed  ## pre-train, quantize, test and report on real images
-	$(BIN)/inq-train
+	OMP_NUM_THREADS=1 $(BIN)/inq-train  # 8x8 images leave nothing for a second thread to do
 
 test: lint  ## lint, types and the default tests
 	$(BIN)/pytest -n 2
