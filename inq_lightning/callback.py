@@ -103,8 +103,17 @@ class INQCallback(_Callback):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for width in (bits, *(layer_bits or {}).values()):
-            check_bits(width)
+        check_bits(bits)
+        _check_patterns("include", include)
+        _check_patterns("exclude", exclude)
+        _check_patterns("layer_bits", layer_bits)
+        _check_flags(
+            embeddings=embeddings,
+            keep_zeros=keep_zeros,
+            restart_lr=restart_lr,
+            reset_optimizer=reset_optimizer,
+            log_per_layer=log_per_layer,
+        )
         check_partition(partition)
         check_underflow(underflow)
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 31:
@@ -114,7 +123,7 @@ class INQCallback(_Callback):
         self.partition: Partition = partition
         self.underflow: Underflow = underflow
         self.include = include
-        self.exclude = exclude
+        self.exclude = exclude or ()
         self.layer_bits = layer_bits
         self.embeddings = embeddings
         self.keep_zeros = keep_zeros
@@ -214,15 +223,14 @@ class INQCallback(_Callback):
         """Remember learning rates and schedulers as they were configured, before a checkpoint changes them."""
         guards.check_optimizers(trainer)
         if self.restart_lr:
-            self._restart = self._remember_rates(trainer)
+            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+            self._restart = LearningRateRestart(trainer.optimizers, schedulers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Select the weights, take up a checkpoint's state, and refuse a run that cannot reach portion 1."""
         self._adopt(pl_module)
         self._begin(trainer, pl_module)
         guards.order_callbacks(trainer, self._timetable, self._origin)
-        if self._restart is not None and not trainer.global_step:  # a learning rate finder has set the rates since
-            self._restart = self._remember_rates(trainer)
         for optimizer in trainer.optimizers:
             try:
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
@@ -350,11 +358,12 @@ class INQCallback(_Callback):
                     f"{self._timetable.unit} {self._origin}."
                 )
             return
-        if state.get("version") != 1:
+        if isinstance(state, Mapping) and state.get("version") != 1:
             raise ValueError(
                 f"the checkpoint's INQ state has version {state.get('version')!r}, this release reads version 1; "
                 "resume with the release that wrote it, or load only its weights and start INQ afresh"
             )
+        _refuse(_damages(state), "is damaged", "from another checkpoint")
         saved = Schedule(**state["schedule"])
         if self.schedule.starts is None and self.schedule.portions == saved.portions:
             self._timetable = saved  # it was spread over the run that began
@@ -364,17 +373,16 @@ class INQCallback(_Callback):
             if name not in self._layers and name in parameters and not parameters[name].requires_grad:
                 self._layers[name] = FrozenWeight(name, parameters[name], layer_state["bits"], self.underflow)
         differences = _differences(state, self._timetable, self._layers)
-        if differences:
-            raise ValueError(
-                "the checkpoint's INQ state does not fit this run:\n  "
-                + "\n  ".join(differences)
-                + "\nResume with the settings that it was written with, or load only its weights and start INQ afresh"
-            )
-        self._phase, self._origin = state["phase"], state["origin"]
-        run.check_length(self._timetable, trainer, self._origin)
+        _refuse(differences, "does not fit this run", "with the settings that it was written with")
+        run.check_length(self._timetable, trainer, state["origin"])
+        damages = []
         for name, layer_state in state["layers"].items():
-            self._layers[name].load_state_dict(layer_state)
-        self._loaded = None
+            try:
+                self._layers[name].load_state_dict(layer_state)
+            except ValueError as error:
+                damages.append(f"{name}: {str(error).removeprefix(f'{name}: ')}")
+        _refuse(damages, "is damaged", "from another checkpoint")
+        self._phase, self._origin, self._loaded = state["phase"], state["origin"], None
 
     def _catch_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the phase that the schedule asks for, unless it has begun."""
@@ -399,10 +407,6 @@ class INQCallback(_Callback):
 
     def _freeze(self, layer: FrozenWeight) -> Rounding:
         return layer.freeze(self._timetable.portions[self._phase - 1], self.partition, self.seed)
-
-    def _remember_rates(self, trainer: Trainer) -> LearningRateRestart:
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        return LearningRateRestart(trainer.optimizers, schedulers)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._restore()
@@ -440,6 +444,78 @@ def _as_schedule(schedule: Schedule | Mapping[int, float] | str | None, bits: in
             f"schedule must be a Schedule, a mapping epoch → portion or the name of a preset, got {schedule!r}"
         )
     return Schedule.from_preset(default_preset(bits) if schedule is None else schedule)
+
+
+def _check_patterns(argument: str, patterns: object) -> None:
+    """Refuse what is no list of patterns; for ``layer_bits``, no mapping from patterns to bit widths."""
+    if patterns is None:
+        return
+    mapping = argument == "layer_bits"
+    fits = isinstance(patterns, Mapping if mapping else Sequence) and not isinstance(patterns, (str, bytes))
+    if not fits or not all(isinstance(pattern, str) for pattern in patterns):  # type: ignore[attr-defined]
+        hint = f"; write [{patterns!r}]" if isinstance(patterns, str) and not mapping else ""
+        kind = "a mapping pattern → bits, such as {'net.conv1': 8}" if mapping else "a list of patterns as text"
+        raise ValueError(f"{argument} must be {kind}, got {patterns!r}{hint}")
+    if isinstance(patterns, Mapping):
+        for pattern, bits in patterns.items():
+            try:
+                check_bits(bits)
+            except ValueError as error:
+                raise ValueError(f"layer_bits[{pattern!r}]: {error}") from error
+
+
+def _check_flags(**flags: object) -> None:
+    for argument, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ValueError(f"{argument} must be True or False, got {flag!r}")
+
+
+def _refuse(lines: list[str], what: str, remedy: str) -> None:
+    """Refuse a checkpoint's state if there is anything against it."""
+    if lines:
+        reasons = "\n  ".join(lines)
+        raise ValueError(
+            f"the checkpoint's INQ state {what}:\n  {reasons}\n"
+            f"Resume {remedy}, or load only its weights and start INQ afresh"
+        )
+
+
+_STATE = {"phase": int, "origin": int, "schedule": dict, "layers": dict}
+_LAYER_STATE = {
+    "shape": list,
+    "bits": int,
+    "underflow": str,
+    "n1": (int, type(None)),
+    "frozen": int,
+    "kept": int,
+    "mask": Tensor,
+}
+
+
+def _damages(state: Any) -> list[str]:
+    """What is missing from a checkpoint's state, or of another type than this class writes, a line each."""
+
+    def wrong(where: str, fields: Any, kinds: Mapping[str, Any]) -> list[str]:
+        if not isinstance(fields, dict):
+            return [f"{where or 'it'} is a {type(fields).__name__}, not a dict"]
+        lines = [f"{where}{': ' if where else ''}{key} is missing" for key in kinds if key not in fields]
+        for key, kind in kinds.items():
+            if key in fields and (not isinstance(fields[key], kind) or isinstance(fields[key], bool)):
+                lines.append(f"{where}{': ' if where else ''}{key} is of type {type(fields[key]).__name__}")
+        return lines
+
+    lines = wrong("", state, _STATE)
+    if lines:
+        return lines
+    for name, layer in state["layers"].items():
+        lines += wrong(name, layer, _LAYER_STATE)
+    try:
+        phases = len(Schedule(**state["schedule"]).portions)
+    except (TypeError, ValueError) as error:
+        return [*lines, f"schedule: {error}"]
+    if not 0 <= state["phase"] <= phases or state["origin"] < 0:
+        lines.append(f"phase {state['phase']} of {phases}, counted from {state['origin']}, is none")
+    return lines
 
 
 def _differences(state: Mapping[str, Any], schedule: Schedule, layers: Mapping[str, FrozenWeight]) -> list[str]:

@@ -247,7 +247,8 @@ class FrozenWeight:
         try:
             return PowerOfTwoGrid.from_max(float(largest), weight.dtype, self.bits, self.underflow)
         except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from error
+            diverged = "; otherwise go back to a checkpoint from before it diverged, and lower the learning rate"
+            raise ValueError(f"{self.name}: {error}{'' if torch.isfinite(largest) else diverged}") from error
 
 
 def pack_mask(mask: Tensor) -> Tensor:

@@ -86,11 +86,11 @@ def order_callbacks(trainer: Trainer, schedule: Schedule, origin: int) -> None:
                 trainer.fit_loop.epoch_loop.min_steps = max(trainer.fit_loop.min_steps or 0, complete + 1)
         if _is(callback, "StochasticWeightAveraging"):
             begins = callback.swa_start  # type: ignore[attr-defined]
-            if schedule.unit != "epoch" or begins < complete:
+            if schedule.unit != "epoch" or begins <= complete:
                 raise ValueError(
                     f"StochasticWeightAveraging begins at epoch {begins} (counted from 0), but all weights are "
                     f"quantized only from {schedule.unit} {complete} on, and averages of powers of two are none; let "
-                    f"it begin later (swa_epoch_start={complete + 1}, as a whole number) or average before quantizing"
+                    f"it begin later (swa_epoch_start={complete + 2}, as a whole number) or average before quantizing"
                 )
 
 

@@ -55,7 +55,7 @@ def sum_over_shards(counts: Tensor, like: Tensor) -> Tensor:
     """Add up ``counts`` over the processes that hold different pieces of ``like``, in place. A collective call."""
     if isinstance(like, DTensor):
         for dimension, placement in enumerate(like.placements):
-            if placement.is_shard():
+            if not placement.is_replicate():  # FSDP2 over tensor parallelism shards in strides, no `is_shard()`
                 all_reduce(counts, group=like.device_mesh.get_group(dimension))
     return counts
 
@@ -64,7 +64,7 @@ def max_over_shards(value: Tensor, like: Tensor) -> Tensor:
     """The largest ``value`` over the processes that hold different pieces of ``like``, in place. A collective call."""
     if isinstance(like, DTensor):
         for dimension, placement in enumerate(like.placements):
-            if placement.is_shard():
+            if not placement.is_replicate():
                 all_reduce(value, op=torch.distributed.ReduceOp.MAX, group=like.device_mesh.get_group(dimension))
     return value
 

@@ -7,8 +7,11 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,9 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from support import SCHEDULE, TinyModule, same_bits, trainer
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from inq_lightning import INQCallback
 
@@ -39,11 +44,13 @@ class Net(TinyModule):
     """Rows that two or three processes cannot share evenly, and one row, of which all but one process have nothing.
 
     Args:
-        copies: Average the gradient over so many copies of itself, as processes with the same data do.
+        copies: Average the gradient over so many copies of itself, as processes with the same data do: three of them
+            round. DDP divides first, FSDP2 last.
+        divide_first: Which of the two.
         own_data: Every process trains on batches of its own; otherwise all on the same ones.
     """
 
-    def __init__(self, copies: int = 1, own_data: bool = False) -> None:
+    def __init__(self, copies: int = 1, divide_first: bool = False, own_data: bool = False) -> None:
         super().__init__(sgd, decay)
         with torch.random.fork_rng():
             torch.manual_seed(3)
@@ -51,6 +58,7 @@ class Net(TinyModule):
                 nn.Linear(8, 15), nn.BatchNorm1d(15), nn.ReLU(), nn.Linear(15, 1), nn.Tanh(), nn.Linear(1, 4)
             )
         self.copies = copies
+        self.divide_first = divide_first
         self.own_data = own_data
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -62,7 +70,9 @@ class Net(TinyModule):
     def on_after_backward(self) -> None:
         if self.copies > 1:
             for parameter in self.parameters():
-                parameter.grad = sum([parameter.grad] * self.copies, torch.zeros(())) / self.copies
+                grad = parameter.grad * (1 / self.copies) if self.divide_first else parameter.grad
+                total = sum([grad] * self.copies, torch.zeros(()))
+                parameter.grad = total if self.divide_first else total / self.copies
 
 
 class ShardedNet(Net):
@@ -70,6 +80,23 @@ class ShardedNet(Net):
         mesh = self.device_mesh["data_parallel"]
         fully_shard(self.net[0], mesh=mesh)
         fully_shard(self.net, mesh=mesh)  # the other layers belong to the root, which a validation leaves gathered
+
+
+class SquareNet(ShardedNet):
+    """Sharded by FSDP2 within what tensor parallelism has sharded; it divides rows evenly only."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
+
+    def configure_model(self) -> None:
+        if self.device_mesh is None:
+            return
+        style = ColwiseParallel(output_layouts=Replicate())
+        parallelize_module(self.net, self.device_mesh["tensor_parallel"], {"0": style, "3": style})
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -80,7 +107,8 @@ def gathered(tensor: Tensor) -> Tensor:
 class Notes(Callback):
     """Looks at what the optimizer holds after every batch, and writes down what this process saw."""
 
-    def __init__(self, callback: INQCallback) -> None:
+    def __init__(self, folder: Path, callback: INQCallback) -> None:
+        self.folder = folder
         self.callback = callback
         self.frozen: dict[str, tuple[Tensor, Tensor]] = {}
         self.names: list[str] = []
@@ -115,34 +143,43 @@ class Notes(Callback):
         if not trainer.sanity_checking:
             self.validation.append(float(trainer.callback_metrics["val_loss"]))
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        write(self.folder, trainer, pl_module, self.callback, self)  # here, because processes that are spawned end soon
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.masks.append({layer.name: self.callback.frozen_mask(layer.name) for layer in self.callback.layers})
         self.fractions.append(self.callback.quantized_fraction)
 
 
-def fit(out: str, *, inq: dict[str, Any] | None = None, **job: Any) -> tuple[Net, INQCallback, Trainer]:
+def fit(
+    out: str, *, inq: dict[str, Any] | None = None, callback: INQCallback | None = None, **job: Any
+) -> tuple[Net, INQCallback, Trainer]:
     """Train as ``job`` says, and save what this process ends with as ``out/<rank>.pt``.
 
     Args:
         out: Folder for everything that the run writes.
         inq: Arguments of INQCallback.
-        job: ``fsdp``: a size for ModelParallelStrategy; ``save``: write a checkpoint every so many steps;
-            ``net``: arguments of the module; ``ckpt_path``; all else is for the Trainer.
+        callback: Or the callback itself.
+        job: ``fsdp``: so many processes under FSDP2; ``tensor_parallel``: times so many; ``whole_file``: whether its
+            checkpoints are one file; ``save``: write one every so many steps; ``net``: arguments of the module;
+            ``ckpt_path``; all else is for the Trainer.
     """
     folder = Path(out)
     ckpt_path, save, sharded = job.pop("ckpt_path", None), job.pop("save", None), job.pop("fsdp", None)
-    module = (ShardedNet if sharded else Net)(**job.pop("net", {}))
+    tensor_parallel = job.pop("tensor_parallel", None)
+    kind = SquareNet if tensor_parallel else ShardedNet if sharded else Net
+    module = kind(**job.pop("net", {}))
     whole_file = job.pop("whole_file", True)
     if sharded:
-        job["devices"] = sharded
+        job["devices"] = sharded * (tensor_parallel or 1)
         job["strategy"] = ModelParallelStrategy(
             data_parallel_size=sharded,
-            tensor_parallel_size=1,
+            tensor_parallel_size=tensor_parallel or 1,
             save_distributed_checkpoint=not whole_file,
             timeout=timedelta(seconds=60),
         )
-    callback = INQCallback(**{"schedule": SCHEDULE, **(inq or {})})
-    notes = Notes(callback)
+    callback = callback or INQCallback(**{"schedule": SCHEDULE, **(inq or {})})
+    notes = Notes(folder, callback)
     callbacks: list[Callback] = [callback, notes]
     if save:
         callbacks.append(ModelCheckpoint(folder, filename="{step}", every_n_train_steps=save, save_top_k=-1))
@@ -156,11 +193,11 @@ def fit(out: str, *, inq: dict[str, Any] | None = None, **job: Any) -> tuple[Net
     }
     run = trainer(*callbacks, **(options | job))
     run.fit(module, ckpt_path=ckpt_path)
-    write(folder, run, module, callback, notes)
     return module, callback, run
 
 
-def write(folder: Path, run: Trainer, module: Net, callback: INQCallback, notes: Notes) -> None:
+def write(folder: Path, run: Trainer, module: LightningModule, callback: INQCallback, notes: Notes) -> None:
+    held = dict(zip(notes.names, run.optimizers[0].param_groups[0]["params"], strict=True))
     result = {
         "weights": notes.weights(run),
         "buffers": {n: b.clone() for n, b in module.named_buffers()},
@@ -173,36 +210,35 @@ def write(folder: Path, run: Trainer, module: Net, callback: INQCallback, notes:
         "checks": notes.checks,
         "logged": float(run.callback_metrics["inq/quantized_fraction"]),
         "world": run.world_size,
-        "sharded": [n for n, p in zip(notes.names, run.optimizers[0].param_groups[0]["params"], strict=True)
-                    if isinstance(p, DTensor)],
-        "local": {n: tuple(p.to_local().shape) for n, p in module.named_parameters() if isinstance(p, DTensor)},
-    }  # fmt: skip
+        "shards": {n: tuple(p.to_local().shape) for n, p in held.items() if isinstance(p, DTensor)},
+    }
     torch.save(result, folder / f"{run.global_rank}.pt")
 
 
 def launch(processes: int, jobs: Callable[..., None], *args: Any) -> None:
     """Call ``jobs(*args)`` in so many processes at once, with the environment that torchrun gives."""
-    WORKERS.set_forkserver_preload(["strategies_worker"])
+    WORKERS.set_forkserver_preload(["inq_lightning", "torch.distributed.tensor.debug"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    errors = WORKERS.SimpleQueue()
     started = [
-        WORKERS.Process(target=_as_rank, args=(rank, processes, port, jobs, *args)) for rank in range(processes)
+        WORKERS.Process(target=_as_rank, args=(rank, processes, port, errors, jobs, *args)) for rank in range(processes)
     ]
     for process in started:
         process.start()
-    failed = []
+    deadline = time.monotonic() + 240
+    while any(p.is_alive() for p in started) and not any(p.exitcode for p in started) and time.monotonic() < deadline:
+        connection.wait([p.sentinel for p in started if p.is_alive()], 1)
+    failed = [p for p in started if p.exitcode != 0]
     for process in started:
-        process.join(5 if failed else 240)
-        if process.exitcode != 0:
-            failed.append(process)
-    for process in started:
-        if process.is_alive():
-            process.kill()
-    assert not failed, f"{len(failed)} of {processes} processes failed; what they said is on stderr"
+        if failed and process.is_alive():
+            process.kill()  # it would wait for the one that failed
+        process.join()
+    assert not failed, errors.get() if not errors.empty() else "processes failed or did not end in time"
 
 
-def _as_rank(rank: int, processes: int, port: int, jobs: Callable[..., None], *args: Any) -> None:
+def _as_rank(rank: int, processes: int, port: int, errors: Any, jobs: Callable[..., None], *args: Any) -> None:
     torch.set_num_threads(1)
     if processes > 1:
         os.environ |= {
@@ -215,12 +251,57 @@ def _as_rank(rank: int, processes: int, port: int, jobs: Callable[..., None], *a
             "MASTER_PORT": str(port),
             "TORCHELASTIC_RUN_ID": "tests",
         }
-    jobs(*args)
+    try:
+        jobs(*args)
+    except BaseException:
+        errors.put(traceback.format_exc())
+        raise
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def fit_all(jobs: list[dict[str, Any]]) -> None:
     for job in jobs:
         fit(**job)
+
+
+def resume_with_a_used_callback(runs: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    """What is left of a run in the callback must not reach the weights that the next one loads."""
+    for first, second in runs:
+        _, callback, _ = fit(**first)
+        fit(**second, callback=callback)
+
+
+class Counting(INQCallback):
+    """Counts what the processes send each other while weights freeze."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        before = self.quantized_fraction
+        with CommDebugMode() as sent:
+            super().on_train_epoch_start(trainer, pl_module)
+        assert self.quantized_fraction > before
+        kinds = {str(kind) for kind in sent.get_comm_counts()}
+        assert kinds == {"c10d.allreduce_"}, kinds
+
+
+def count_collectives(out: str) -> None:
+    for partition in ("magnitude", "random"):
+        fit(out, fsdp=2, callback=Counting(schedule=SCHEDULE, partition=partition), num_sanity_val_steps=1)
+
+
+def fit_in_children(out: str) -> None:
+    """Two fits with one callback, by processes that Lightning forks and spawns."""
+    callback = INQCallback(schedule=SCHEDULE)
+    for strategy in ("ddp_fork", "ddp_spawn"):
+        module, _, run = fit(f"{out}/{strategy}", strategy=strategy, devices=2, callback=callback)
+        main = {
+            "weights": {n: p.detach().clone() for n, p in module.named_parameters()},
+            "fraction": callback.quantized_fraction,
+            "layers": callback.layers,
+            "logged": float(run.callback_metrics["inq/quantized_fraction"]),
+        }
+        torch.save(main, f"{out}/{strategy}/main.pt")
 
 
 if __name__ == "__main__":

@@ -94,3 +94,14 @@ def test_the_examples_run(script: str, expected: str, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout
+
+
+def test_every_line_of_the_compatibility_table_names_a_test() -> None:
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    lines = [line for line in (ROOT / "docs" / "compatibility.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [line for line in lines if not line.startswith("| feature |")]
+    assert len(rows) > 40
+    for row in rows:
+        name = re.search(r"`(test_\w+)` \|$", row)
+        assert name, row
+        assert f"def {name[1]}(" in tests, name[1]

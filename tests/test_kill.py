@@ -1,0 +1,113 @@
+"""Processes killed at random moments of a training, and resumed from what they left on the disk."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import kill_worker
+import pytest
+import torch
+from support import assert_quantized, same_bits, trainer
+from torch import Tensor
+
+SECONDS = 4.0  # a whole training takes about as long
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Tensor]:
+    """Weights of the run that nobody kills."""
+    net, inq = kill_worker.module(), kill_worker.callback()
+    trainer(inq, max_epochs=kill_worker.EPOCHS).fit(net)
+    assert_quantized(net, inq)
+    return net.state_dict()
+
+
+class Runs:
+    """Starts processes that go on where the last one was killed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.unreadable = 0
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that can be read: a process may have been killed while it wrote one."""
+        for path in sorted(self.folder.glob("*.ckpt"), key=lambda p: p.stat().st_mtime_ns, reverse=True):
+            try:
+                torch.load(path)
+            except (RuntimeError, EOFError, OSError):
+                self.unreadable += 1
+                continue
+            return path
+        return None
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start a process and wait until it trains, or has ended."""
+        started = self.folder / "started"
+        started.unlink(missing_ok=True)
+        resume = self.newest()
+        command = [sys.executable, kill_worker.__file__, "train", str(self.folder), *([str(resume)] if resume else [])]
+        with (self.folder / "output").open("wb") as output:
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            )
+        while not started.exists() and process.poll() is None:
+            time.sleep(0.002)
+        return process
+
+    def finish(self) -> dict[str, Tensor]:
+        process = self.start()
+        assert process.wait(120) == 0, (self.folder / "output").read_text()
+        weights: dict[str, Tensor] = torch.load(self.folder / "final.pt")
+        return weights
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Iterator[Runs]:
+    return Runs(tmp_path)
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in ours if not same_bits(ours[name].float(), theirs[name].float())]
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
+    runs: Runs, whole: dict[str, Tensor], kills: int
+) -> None:
+    moments = random.Random(kills)
+    steps = []
+    for _ in range(kills):
+        process = runs.start()
+        assert process.poll() is None, (runs.folder / "output").read_text()
+        time.sleep(moments.uniform(0.05, 1.5 * SECONDS / kills))
+        process.send_signal(signal.SIGKILL)
+        if process.wait(60) == 0:
+            break  # it was done before the signal came
+        newest = runs.newest()
+        steps.append(torch.load(newest)["global_step"] if newest else 0)
+    assert len(steps) >= min(kills, 3)
+    assert steps == sorted(steps)
+    assert steps[-1] > 0
+    assert_same(runs.finish(), whole)
+    print(f"killed after the checkpoints of steps {steps}; unreadable checkpoints: {runs.unreadable}")
+
+
+def test_a_run_that_is_asked_to_end_leaves_a_checkpoint_of_that_moment(runs: Runs, whole: dict[str, Tensor]) -> None:
+    process = runs.start()
+    time.sleep(SECONDS / 4)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    assert not (runs.folder / "final.pt").exists()
+    assert (runs.folder / "exception").read_text() == "SIGTERMException"
+    newest = runs.newest()
+    assert newest is not None
+    assert torch.load(newest)["global_step"] % kill_worker.EVERY
+    assert_same(runs.finish(), whole)
