@@ -180,7 +180,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "mask of floats": (lambda s: layer(s).update(mask=layer(s)["mask"].float()), "net.3.weight: a packed mask"),
     "other mask": (
         lambda s: layer(s).update(mask=layer(s)["mask"].flip(0)),
-        "14 weights that the saved state calls frozen are not on its grid",
+        "7 weights that the saved state calls frozen are not on its grid",
     ),
     "other count": (lambda s: layer(s).update(frozen=3), "net.3.weight: the saved mask has 42 weights, not 3"),
     "other exponent": (lambda s: layer(s).update(n1=-9), "net.3.weight: 42 weights that"),
@@ -293,7 +293,7 @@ def test_a_broken_file_fails_loudly_and_the_one_before_still_resumes(saved: Path
     (tmp_path / "broken.ckpt").write_bytes(content)
     module, steps = TinyModule(), Steps()
     before = {name: t.clone() for name, t in module.state_dict().items()}
-    with pytest.raises((EOFError, RuntimeError, UnpicklingError)):
+    with pytest.raises((EOFError, OSError, RuntimeError, UnicodeDecodeError, UnpicklingError)):
         trainer(INQCallback(schedule=SCHEDULE), steps).fit(module, ckpt_path=tmp_path / "broken.ckpt")
     assert steps.count == 0
     assert all(same_bits(t.float(), before[name].float()) for name, t in module.state_dict().items())

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 
 import kill_worker
 import pytest
@@ -41,7 +42,7 @@ class Runs:
         for path in sorted(self.folder.glob("*.ckpt"), key=lambda p: p.stat().st_mtime_ns, reverse=True):
             try:
                 torch.load(path)
-            except (RuntimeError, EOFError, OSError):
+            except (EOFError, OSError, RuntimeError, UnicodeDecodeError, UnpicklingError):
                 self.unreadable += 1
                 continue
             return path

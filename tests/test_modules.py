@@ -551,7 +551,7 @@ def test_a_layer_that_is_pruned_completely_stays_zero() -> None:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda: StochasticWeightAveraging(0.01, swa_epoch_start=2), r"begins at epoch 1 .*swa_epoch_start=4"),
+        (lambda: StochasticWeightAveraging(0.01, swa_epoch_start=2), r"begins at epoch 1 .*swa_epoch_start=5"),
         (lambda: StochasticWeightAveraging(0.01, swa_epoch_start=0.5), "all weights are quantized only from"),
         (lambda: WeightAveraging(), "average the full-precision network first"),
         (lambda: EMAWeightAveraging(), "EMAWeightAveraging saves .* average the full-precision network first"),
@@ -597,7 +597,7 @@ def test_weight_averaging_after_the_last_phase_leaves_everything_on_the_grid(
 
 @pytest.mark.parametrize("first", [False, True])
 def test_weight_averaging_in_the_epoch_of_the_last_phase_is_refused(first: bool) -> None:
-    with pytest.raises(ValueError, match=r"begins at epoch 3 .* swa_epoch_start=5"):
+    with pytest.raises(ValueError, match=r"begins at epoch 3 .*swa_epoch_start=5"):
         averaged(normalized=False, first=first, start=4)
 
 
