@@ -14,13 +14,13 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from inq_lightning import guards, run, sharded
+from inq_lightning import guards, run, saved_state, sharded
 from inq_lightning.frozen import FrozenWeight, Rounding
 from inq_lightning.grid import Underflow, check_bits, check_underflow
 from inq_lightning.partition import Partition, check_partition
 from inq_lightning.restart import LearningRateRestart
 from inq_lightning.schedule import Schedule, default_preset
-from inq_lightning.selection import Selected, select_parameters
+from inq_lightning.selection import Selected, check_patterns, select_parameters
 
 
 class LayerInfo(NamedTuple):
@@ -104,9 +104,9 @@ class INQCallback(_Callback):
     ) -> None:
         super().__init__()
         check_bits(bits)
-        _check_patterns("include", include)
-        _check_patterns("exclude", exclude)
-        _check_patterns("layer_bits", layer_bits)
+        check_patterns("include", include)
+        check_patterns("exclude", exclude)
+        check_patterns("layer_bits", layer_bits)
         _check_flags(
             embeddings=embeddings,
             keep_zeros=keep_zeros,
@@ -315,7 +315,7 @@ class INQCallback(_Callback):
         if self._loaded is not None or not self._layers:
             return self._loaded or {}  # written before training started, by a tuner or after a refusal
         return {
-            "version": 1,
+            "version": saved_state.VERSION,
             "phase": self._phase,
             "origin": self._origin,
             "quantized_fraction": self.quantized_fraction,
@@ -358,13 +358,7 @@ class INQCallback(_Callback):
                     f"{self._timetable.unit} {self._origin}."
                 )
             return
-        if isinstance(state, Mapping) and state.get("version") != 1:
-            raise ValueError(
-                f"the checkpoint's INQ state has version {state.get('version')!r}, this release reads version 1; "
-                "resume with the release that wrote it, or load only its weights and start INQ afresh"
-            )
-        _refuse(_damages(state), "is damaged", "from another checkpoint")
-        saved = Schedule(**state["schedule"])
+        saved = saved_state.check(state)
         if self.schedule.starts is None and self.schedule.portions == saved.portions:
             self._timetable = saved  # it was spread over the run that began
         everything = pl_module.named_parameters(remove_duplicate=False)
@@ -372,16 +366,9 @@ class INQCallback(_Callback):
         for name, layer_state in state["layers"].items():  # a finetuning callback has not made it trainable again yet
             if name not in self._layers and name in parameters and not parameters[name].requires_grad:
                 self._layers[name] = FrozenWeight(name, parameters[name], layer_state["bits"], self.underflow)
-        differences = _differences(state, self._timetable, self._layers)
-        _refuse(differences, "does not fit this run", "with the settings that it was written with")
+        saved_state.check_fits(state, self._timetable, self._layers)
         run.check_length(self._timetable, trainer, state["origin"])
-        damages = []
-        for name, layer_state in state["layers"].items():
-            try:
-                self._layers[name].load_state_dict(layer_state)
-            except ValueError as error:
-                damages.append(f"{name}: {str(error).removeprefix(f'{name}: ')}")
-        _refuse(damages, "is damaged", "from another checkpoint")
+        saved_state.load(state, self._layers)
         self._phase, self._origin, self._loaded = state["phase"], state["origin"], None
 
     def _catch_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -446,93 +433,7 @@ def _as_schedule(schedule: Schedule | Mapping[int, float] | str | None, bits: in
     return Schedule.from_preset(default_preset(bits) if schedule is None else schedule)
 
 
-def _check_patterns(argument: str, patterns: object) -> None:
-    """Refuse what is no list of patterns; for ``layer_bits``, no mapping from patterns to bit widths."""
-    if patterns is None:
-        return
-    mapping = argument == "layer_bits"
-    fits = isinstance(patterns, Mapping if mapping else Sequence) and not isinstance(patterns, (str, bytes))
-    if not fits or not all(isinstance(pattern, str) for pattern in patterns):  # type: ignore[attr-defined]
-        hint = f"; write [{patterns!r}]" if isinstance(patterns, str) and not mapping else ""
-        kind = "a mapping pattern → bits, such as {'net.conv1': 8}" if mapping else "a list of patterns as text"
-        raise ValueError(f"{argument} must be {kind}, got {patterns!r}{hint}")
-    if isinstance(patterns, Mapping):
-        for pattern, bits in patterns.items():
-            try:
-                check_bits(bits)
-            except ValueError as error:
-                raise ValueError(f"layer_bits[{pattern!r}]: {error}") from error
-
-
 def _check_flags(**flags: object) -> None:
     for argument, flag in flags.items():
         if not isinstance(flag, bool):
             raise ValueError(f"{argument} must be True or False, got {flag!r}")
-
-
-def _refuse(lines: list[str], what: str, remedy: str) -> None:
-    """Refuse a checkpoint's state if there is anything against it."""
-    if lines:
-        reasons = "\n  ".join(lines)
-        raise ValueError(
-            f"the checkpoint's INQ state {what}:\n  {reasons}\n"
-            f"Resume {remedy}, or load only its weights and start INQ afresh"
-        )
-
-
-_STATE = {"phase": int, "origin": int, "schedule": dict, "layers": dict}
-_LAYER_STATE = {
-    "shape": list,
-    "bits": int,
-    "underflow": str,
-    "n1": (int, type(None)),
-    "frozen": int,
-    "kept": int,
-    "mask": Tensor,
-}
-
-
-def _damages(state: Any) -> list[str]:
-    """What is missing from a checkpoint's state, or of another type than this class writes, a line each."""
-
-    def wrong(where: str, fields: Any, kinds: Mapping[str, Any]) -> list[str]:
-        if not isinstance(fields, dict):
-            return [f"{where or 'it'} is a {type(fields).__name__}, not a dict"]
-        lines = [f"{where}{': ' if where else ''}{key} is missing" for key in kinds if key not in fields]
-        for key, kind in kinds.items():
-            if key in fields and (not isinstance(fields[key], kind) or isinstance(fields[key], bool)):
-                lines.append(f"{where}{': ' if where else ''}{key} is of type {type(fields[key]).__name__}")
-        return lines
-
-    lines = wrong("", state, _STATE)
-    if lines:
-        return lines
-    for name, layer in state["layers"].items():
-        lines += wrong(name, layer, _LAYER_STATE)
-    try:
-        phases = len(Schedule(**state["schedule"]).portions)
-    except (TypeError, ValueError) as error:
-        return [*lines, f"schedule: {error}"]
-    if not 0 <= state["phase"] <= phases or state["origin"] < 0:
-        lines.append(f"phase {state['phase']} of {phases}, counted from {state['origin']}, is none")
-    return lines
-
-
-def _differences(state: Mapping[str, Any], schedule: Schedule, layers: Mapping[str, FrozenWeight]) -> list[str]:
-    """What keeps a checkpoint's state from fitting the run, a line each."""
-    saved, lines = Schedule(**state["schedule"]), []
-    for field in ("portions", "starts", "unit"):
-        here, there = getattr(schedule, field), getattr(saved, field)
-        if here != there:
-            lines.append(f"schedule {field}: {there} in the checkpoint, {here} here")
-    lines += [
-        f"{name}: quantized in the checkpoint, not selected here" for name in state["layers"] if name not in layers
-    ]
-    lines += [f"{name}: selected here, not in the checkpoint" for name in layers if name not in state["layers"]]
-    for name, layer in layers.items():
-        there = state["layers"].get(name)
-        if there is None:
-            continue
-        here = {"shape": list(layer.parameter.shape), "bits": layer.bits, "underflow": layer.underflow}
-        lines += [f"{name}: {k} {there[k]} in the checkpoint, {v} here" for k, v in here.items() if there[k] != v]
-    return lines

@@ -62,13 +62,13 @@ def select_parameters(
         ValueError: A pattern matches nothing, a bit width is not allowed, a selected weight is computed from other
             parameters, or nothing is selected.
     """
-    layer_bits = dict(layer_bits or {})
-    for width in (bits, *layer_bits.values()):
-        check_bits(width)
-    include, exclude = _patterns(include, "include"), _patterns(exclude, "exclude") or []
+    check_bits(bits)
+    for option, patterns in (("include", include), ("exclude", exclude), ("layer_bits", layer_bits)):
+        check_patterns(option, patterns)
+    widths = dict(layer_bits or {})
     candidates = dict(_candidates(module, embeddings))
-    for option, patterns in (("include", include or []), ("exclude", exclude), ("layer_bits", layer_bits)):
-        _check_matches(option, patterns, candidates)
+    for option, given in (("include", include or ()), ("exclude", exclude), ("layer_bits", widths)):
+        _check_matches(option, given, candidates)
 
     # A weight that is tied to another layer's bears the name that the module lists it under.
     own_names = {id(p): name.replace("_orig_mod.", "") for name, p in module.named_parameters()}
@@ -99,7 +99,7 @@ def select_parameters(
             )
         if not parameter.requires_grad:
             continue
-        width = next((b for pattern, b in reversed(layer_bits.items()) if _matches(candidate, [pattern])), bits)
+        width = next((b for pattern, b in reversed(widths.items()) if _matches(candidate, [pattern])), bits)
         selected.append(Selected(own_names.get(id(parameter), name), parameter, width, mask))
     if not selected:
         raise ValueError(
@@ -141,10 +141,26 @@ def _weight_names(layer: nn.Module, embeddings: bool) -> Iterable[str]:
     return ()
 
 
-def _patterns(patterns: Sequence[str] | None, option: str) -> list[str] | None:
-    if isinstance(patterns, str):
-        raise ValueError(f"{option} takes a list of patterns, got the text {patterns!r}; write [{patterns!r}]")
-    return None if patterns is None else list(patterns)
+def check_patterns(argument: str, patterns: object) -> None:
+    """Refuse what is no list of patterns; for ``layer_bits``, no mapping from patterns to bit widths.
+
+    Raises:
+        ValueError: ``patterns`` is none; the message names the argument.
+    """
+    if patterns is None:
+        return
+    mapping = argument == "layer_bits"
+    fits = isinstance(patterns, Mapping if mapping else Sequence) and not isinstance(patterns, (str, bytes))
+    if not fits or not all(isinstance(pattern, str) for pattern in patterns):  # type: ignore[attr-defined]
+        hint = f"; write [{patterns!r}]" if isinstance(patterns, str) and not mapping else ""
+        kind = "a mapping pattern → bits, such as {'net.conv1': 8}" if mapping else "a list of patterns as text"
+        raise ValueError(f"{argument} must be {kind}, got {patterns!r}{hint}")
+    if isinstance(patterns, Mapping):
+        for pattern, bits in patterns.items():
+            try:
+                check_bits(bits)
+            except ValueError as error:
+                raise ValueError(f"layer_bits[{pattern!r}]: {error}") from error
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -1,4 +1,4 @@
-"""A process of its own for the tests to kill, or to run out of disk: ``kill_worker.py train|full FOLDER``."""
+"""What the tests run in a process of its own, to kill it or to let it run out of disk (``kill_worker.py FOLDER``)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from inq_lightning import INQCallback
 from inq_lightning.report import Report
 
 EPOCHS, BATCHES = 60, 4  # 240 steps
-# 7 does not divide 4: no checkpoint falls on the last batch of an epoch twice in a row, see `newest` in test_kill.
-EVERY = 7
+EVERY = 3  # steps from one checkpoint to the next
 
 
 def module() -> TinyModule:
@@ -44,7 +43,7 @@ class Pace(Callback):
         time.sleep(0.01)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.started.with_name("exception").write_text(type(exception).__name__)
+        self.started.with_name("exception").write_text(f"{type(exception).__name__} {trainer.global_step}")
 
 
 class AfterStep(ModelCheckpoint):
@@ -55,8 +54,9 @@ class AfterStep(ModelCheckpoint):
             super().on_train_batch_end(trainer, pl_module, *args)
 
 
-def train(folder: Path, resume: str | None) -> None:
+def train(folder: Path, resume: Path | None) -> None:
     """Train, from a checkpoint if there is one, and write the final weights."""
+    torch.set_num_threads(1)
     saver = AfterStep(folder, save_last=True, every_n_train_steps=EVERY, save_on_exception=True)
     net = module()
     run = trainer(callback(), Pace(folder / "started"), saver, max_epochs=EPOCHS, enable_checkpointing=True)
@@ -67,6 +67,7 @@ def train(folder: Path, resume: str | None) -> None:
 
 def full(folder: Path) -> None:
     """Write checkpoints and reports where files cannot grow beyond a few kilobytes; tell what came of it."""
+    torch.set_num_threads(1)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     inq, net = callback(), module()
     run = trainer(inq, max_epochs=EPOCHS)
@@ -94,9 +95,4 @@ def full(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    action, where, *rest = sys.argv[1:]
-    if action == "train":
-        train(Path(where), rest[0] if rest else None)
-    else:
-        full(Path(where))
+    full(Path(sys.argv[1]))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -36,6 +35,9 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.unreadable = 0
+        # Processes are forked from one that has imported everything, but computed nothing.
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["kill_worker"])
 
     def newest(self) -> Path | None:
         """The newest checkpoint that can be read: a process may have been killed while it wrote one."""
@@ -48,29 +50,28 @@ class Runs:
             return path
         return None
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> BaseProcess:
         """Start a process and wait until it trains, or has ended."""
         started = self.folder / "started"
         started.unlink(missing_ok=True)
-        resume = self.newest()
-        command = [sys.executable, kill_worker.__file__, "train", str(self.folder), *([str(resume)] if resume else [])]
-        with (self.folder / "output").open("wb") as output:
-            process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-            )
-        while not started.exists() and process.poll() is None:
+        process = self.context.Process(target=kill_worker.train, args=(self.folder, self.newest()))
+        process.start()
+        while not started.exists() and process.is_alive():
             time.sleep(0.002)
+        assert process.is_alive(), "the process has ended before it trained"
         return process
 
     def finish(self) -> dict[str, Tensor]:
         process = self.start()
-        assert process.wait(120) == 0, (self.folder / "output").read_text()
+        process.join(120)
+        assert process.exitcode == 0
         weights: dict[str, Tensor] = torch.load(self.folder / "final.pt")
         return weights
 
 
 @pytest.fixture
-def runs(tmp_path: Path) -> Iterator[Runs]:
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     return Runs(tmp_path)
 
 
@@ -87,11 +88,12 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
     steps = []
     for _ in range(kills):
         process = runs.start()
-        assert process.poll() is None, (runs.folder / "output").read_text()
         time.sleep(moments.uniform(0.05, 1.5 * SECONDS / kills))
-        process.send_signal(signal.SIGKILL)
-        if process.wait(60) == 0:
+        process.kill()
+        process.join(60)
+        if process.exitcode == 0:
             break  # it was done before the signal came
+        assert process.exitcode == -signal.SIGKILL
         newest = runs.newest()
         steps.append(torch.load(newest)["global_step"] if newest else 0)
     assert len(steps) >= min(kills, 3)
@@ -104,11 +106,12 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
 def test_a_run_that_is_asked_to_end_leaves_a_checkpoint_of_that_moment(runs: Runs, whole: dict[str, Tensor]) -> None:
     process = runs.start()
     time.sleep(SECONDS / 4)
-    process.send_signal(signal.SIGTERM)
-    process.wait(60)
+    process.terminate()
+    process.join(60)
     assert not (runs.folder / "final.pt").exists()
-    assert (runs.folder / "exception").read_text() == "SIGTERMException"
+    exception, step = (runs.folder / "exception").read_text().split()
+    assert exception == "SIGTERMException"
     newest = runs.newest()
     assert newest is not None
-    assert torch.load(newest)["global_step"] % kill_worker.EVERY
+    assert torch.load(newest)["global_step"] == int(step)
     assert_same(runs.finish(), whole)

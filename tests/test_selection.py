@@ -166,7 +166,7 @@ def test_a_pattern_for_a_bias_or_a_norm_matches_nothing() -> None:
 
 @pytest.mark.parametrize("option", ["include", "exclude"])
 def test_a_text_in_place_of_a_list_is_refused_with_the_fix(option: str) -> None:
-    with pytest.raises(ValueError, match=rf"{option} takes a list.*write \['head'\]"):
+    with pytest.raises(ValueError, match=rf"{option} must be a list.*write \['head'\]"):
         select_parameters(small_net(), **{option: "head"})
 
 
