@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 
 from inq_lightning import guards, run, saved_state, sharded
 from inq_lightning.frozen import FrozenWeight, Rounding
-from inq_lightning.grid import Underflow, check_bits, check_underflow
+from inq_lightning.grid import Exponent, Underflow, check_bits, check_exponent, check_underflow
 from inq_lightning.partition import Partition, check_partition
+from inq_lightning.plan import Plan
 from inq_lightning.restart import LearningRateRestart
 from inq_lightning.schedule import Schedule, default_preset
 from inq_lightning.selection import Selected, check_patterns, select_parameters
@@ -68,6 +69,9 @@ class INQCallback(_Callback):
         partition: Which free weights freeze first: ``"magnitude"`` (the largest) or ``"random"``.
         underflow: What becomes of weights below the smallest level: ``"nearest"`` or ``"truncate"``, see
             :class:`~inq_lightning.grid.PowerOfTwoGrid`.
+        exponent: How each layer's grid is fitted when its first weights freeze: ``"max"``, by the largest weight (the
+            paper's equation 2), or ``"mse"``, by the least squared error, which 2 and 3 bits need; see
+            :meth:`~inq_lightning.grid.PowerOfTwoGrid.from_weights`.
         include: Quantize only parameters that match one of these patterns, see
             :func:`~inq_lightning.selection.select_parameters`.
         exclude: Leave out parameters that match one of these patterns.
@@ -92,6 +96,7 @@ class INQCallback(_Callback):
         *,
         partition: Partition = "magnitude",
         underflow: Underflow = "nearest",
+        exponent: Exponent = "max",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         layer_bits: Mapping[str, int] | None = None,
@@ -116,12 +121,14 @@ class INQCallback(_Callback):
         )
         check_partition(partition)
         check_underflow(underflow)
+        check_exponent(exponent)
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 31:
             raise ValueError(f"seed must be a whole number from 0 to {(1 << 31) - 1}, got {seed!r}")
         self.bits = bits
         self.schedule = _as_schedule(schedule, bits)
         self.partition: Partition = partition
         self.underflow: Underflow = underflow
+        self.exponent: Exponent = exponent
         self.include = include
         self.exclude = exclude or ()
         self.layer_bits = layer_bits
@@ -189,6 +196,22 @@ class INQCallback(_Callback):
             embeddings=self.embeddings,
             pruned=self.keep_zeros,
         )
+
+    def plan(self, module: nn.Module, trainer_epochs: int | None = None) -> Plan:
+        """What training ``module`` with this callback will do: layers, phases, weights and bytes; nothing changes.
+
+        Args:
+            module: The module that would be trained.
+            trainer_epochs: How many epochs the Trainer runs; left out, a schedule without starts stays without them.
+
+        Raises:
+            ValueError: The schedule does not fit into ``trainer_epochs``, or see :meth:`select`.
+        """
+        schedule = self.schedule
+        if trainer_epochs is not None and schedule.unit == "epoch":
+            schedule = schedule.spread(trainer_epochs)
+            schedule.check_fits(trainer_epochs)
+        return Plan.of(module, self.select(module), schedule, self.keep_zeros)
 
     def frozen_mask(self, name: str) -> Tensor:
         """Which weights of a parameter are frozen.
@@ -339,7 +362,7 @@ class INQCallback(_Callback):
         for name, parameter, bits, pruning_mask in self.select(pl_module):
             if name in self._layers:
                 continue
-            layer = self._layers[name] = FrozenWeight(name, parameter, bits, self.underflow)
+            layer = self._layers[name] = FrozenWeight(name, parameter, bits, self.underflow, self.exponent)
             if self._loaded is None:
                 if self.keep_zeros:
                     layer.keep_zeros(pruning_mask)
@@ -365,7 +388,9 @@ class INQCallback(_Callback):
         parameters = {name.replace("_orig_mod.", ""): parameter for name, parameter in everything}
         for name, layer_state in state["layers"].items():  # a finetuning callback has not made it trainable again yet
             if name not in self._layers and name in parameters and not parameters[name].requires_grad:
-                self._layers[name] = FrozenWeight(name, parameters[name], layer_state["bits"], self.underflow)
+                self._layers[name] = FrozenWeight(
+                    name, parameters[name], layer_state["bits"], self.underflow, self.exponent
+                )
         saved_state.check_fits(state, self._timetable, self._layers)
         run.check_length(self._timetable, trainer, state["origin"])
         saved_state.load(state, self._layers)

@@ -40,6 +40,7 @@ class INQConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     partition: str = "magnitude"
     underflow: str = "nearest"
+    exponent: str = "max"
     include: list[str] | None = None
     exclude: list[str] = field(default_factory=list)
     layer_bits: dict[str, int] = field(default_factory=dict)

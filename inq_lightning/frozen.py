@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from inq_lightning import sharded
-from inq_lightning.grid import PowerOfTwoGrid, Underflow, check_bits, check_floating, check_underflow, exponent_range
+from inq_lightning.grid import (
+    Exponent,
+    PowerOfTwoGrid,
+    Underflow,
+    check_bits,
+    check_exponent,
+    check_floating,
+    check_underflow,
+    exponent_range,
+)
 from inq_lightning.partition import Partition, scores, select
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -37,22 +46,32 @@ class FrozenWeight:
         parameter: The parameter, plain or sharded (``DTensor``).
         bits: Code length of one weight, 2 to 8.
         underflow: See :class:`~inq_lightning.grid.PowerOfTwoGrid`.
+        exponent: How the grid is fitted, see :meth:`~inq_lightning.grid.PowerOfTwoGrid.from_weights`.
         grid: The grid, fixed when the first weights freeze; None before.
         frozen: How many weights are frozen, over all shards.
 
     Raises:
-        ValueError: ``bits`` or ``underflow`` is none of the allowed values.
+        ValueError: ``bits``, ``underflow`` or ``exponent`` is none of the allowed values.
         TypeError: The parameter is not of a floating type.
     """
 
-    def __init__(self, name: str, parameter: Tensor, bits: int = 5, underflow: Underflow = "nearest") -> None:
+    def __init__(
+        self,
+        name: str,
+        parameter: Tensor,
+        bits: int = 5,
+        underflow: Underflow = "nearest",
+        exponent: Exponent = "max",
+    ) -> None:
         check_bits(bits)
         check_underflow(underflow)
+        check_exponent(exponent)
         check_floating(parameter)
         self.name = name
         self.parameter = parameter
         self.bits = bits
         self.underflow: Underflow = underflow
+        self.exponent: Exponent = exponent
         self.grid: PowerOfTwoGrid | None = None
         self.frozen = 0
         self._kept = 0  # zeros of a pruned network, which portions do not count
@@ -245,10 +264,15 @@ class FrozenWeight:
         if self.grid is not None and self.grid.n1 is not None and torch.isfinite(largest):
             return self.grid  # whatever the weights have become since: they saturate
         try:
-            return PowerOfTwoGrid.from_max(float(largest), weight.dtype, self.bits, self.underflow)
+            grid = PowerOfTwoGrid.from_max(float(largest), weight.dtype, self.bits, self.underflow)
         except ValueError as error:
             diverged = "; otherwise go back to a checkpoint from before it diverged, and lower the learning rate"
             raise ValueError(f"{self.name}: {error}{'' if torch.isfinite(largest) else diverged}") from error
+        if self.exponent == "max":
+            return grid
+        grids = grid.lower(weight.dtype)
+        errors = torch.tensor([g.squared_error(weight) for g in grids], dtype=torch.float64, device=weight.device)
+        return grids[int(sharded.sum_over_shards(errors, self.parameter).argmin())]
 
 
 def pack_mask(mask: Tensor) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 Underflow = Literal["nearest", "truncate"]
+Exponent = Literal["max", "mse"]
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -32,6 +33,16 @@ def check_underflow(underflow: str) -> None:
     """
     if underflow not in get_args(Underflow):
         raise ValueError(f"underflow must be one of {', '.join(get_args(Underflow))}, got {underflow!r}")
+
+
+def check_exponent(exponent: str) -> None:
+    """Refuse an unknown rule for n1.
+
+    Raises:
+        ValueError: ``exponent`` is neither ``"max"`` nor ``"mse"``.
+    """
+    if exponent not in get_args(Exponent):
+        raise ValueError(f"exponent must be one of {', '.join(get_args(Exponent))}, got {exponent!r}")
 
 
 @dataclass(frozen=True)
@@ -57,19 +68,28 @@ class PowerOfTwoGrid:
         check_underflow(self.underflow)
 
     @classmethod
-    def from_weights(cls, w: Tensor, bits: int = 5, underflow: Underflow = "nearest") -> PowerOfTwoGrid:
-        """Fit the grid to the largest weight: n1 = floor(log2(4·max|w| / 3)) (equation 2), computed exactly.
+    def from_weights(
+        cls, w: Tensor, bits: int = 5, underflow: Underflow = "nearest", exponent: Exponent = "max"
+    ) -> PowerOfTwoGrid:
+        """Fit the grid to the weights.
 
         Args:
             w: Weights of any shape, floating point.
             bits: Code length of one weight.
             underflow: See the class.
+            exponent: How n1 is chosen. ``"max"``: by the largest weight, n1 = floor(log2(4·max|w| / 3)) (equation 2),
+                computed exactly. ``"mse"``: that one or a lower one, whichever rounds the weights with the least
+                squared error; the few weights beyond it saturate.
 
         Raises:
-            ValueError: ``w`` is not finite, or its dtype cannot hold the grid exactly.
+            ValueError: ``w`` is not finite, its dtype cannot hold the grid exactly, or ``exponent`` is unknown.
         """
+        check_exponent(exponent)
         check_floating(w)
-        return cls.from_max(w.abs().max().item() if w.numel() else 0.0, w.dtype, bits, underflow)
+        grid = cls.from_max(w.abs().max().item() if w.numel() else 0.0, w.dtype, bits, underflow)
+        if exponent == "max":
+            return grid
+        return min(grid.lower(w.dtype), key=lambda g: g.squared_error(w))
 
     @classmethod
     def from_max(cls, s: float, dtype: torch.dtype, bits: int = 5, underflow: Underflow = "nearest") -> PowerOfTwoGrid:
@@ -86,6 +106,17 @@ class PowerOfTwoGrid:
         grid = cls(e if m >= 0.75 else e - 1, bits, underflow)
         grid.check_dtype(dtype)
         return grid
+
+    def lower(self, dtype: torch.dtype) -> list[PowerOfTwoGrid]:
+        """This grid and the next ones with smaller n1, down to 2^-7 of it, as far as ``dtype`` holds them."""
+        if self.n1 is None or self.n2 is None:
+            return [self]
+        room = max(self.n2 - exponent_range(dtype)[0], 0)
+        return [replace(self, n1=self.n1 - k) for k in range(min(room, 7) + 1)]
+
+    def squared_error(self, w: Tensor) -> float:
+        """Sum of the squared changes that rounding makes to finite weights, in float64."""
+        return float(torch.linalg.vector_norm(w - self.round(w), dtype=torch.float64)) ** 2
 
     @property
     def n2(self) -> int | None:

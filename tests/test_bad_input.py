@@ -35,6 +35,7 @@ FLAGS = ("embeddings", "keep_zeros", "restart_lr", "reset_optimizer", "log_per_l
         *[("bits", v, "bits must be an integer from 2 to 8") for v in (0, 1, 9, -5, 4.0, "5", None, True, [5], NAN)],
         *[("partition", v, "must be one of magnitude, random") for v in ("largest", "", None, 0, ["magnitude"])],
         *[("underflow", v, "must be one of nearest, truncate") for v in ("floor", "Nearest", None, 1, ["nearest"])],
+        *[("exponent", v, "exponent must be one of max, mse") for v in ("least", "MAX", None, 1, ["mse"])],
         ("schedule", {}, "at least one portion"),
         ("schedule", {"a": 1.0}, "a start must be a whole number, got 'a'"),
         ("schedule", {0.5: 1.0}, "a start must be a whole number, got 0.5"),

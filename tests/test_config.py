@@ -36,7 +36,11 @@ PLACES = {"npz": ["data.path=images.npz"], "imagefolder": ["data.root=images"]}
 NEEDS = {
     ("data", "npz"): PLACES["npz"],
     ("data", "imagefolder"): PLACES["imagefolder"],
-    ("experiment", "cifar10_resnet20_5bit"): PLACES["npz"],
+    **{
+        ("experiment", f"cifar10_resnet20{suffix}"): PLACES["npz"]
+        for suffix in ("", "_5bit", "_4bit", "_3bit", "_2bit")
+    },
+    **{("experiment", f"imagenet_resnet{depth}_5bit"): PLACES["imagefolder"] for depth in (18, 50)},
     ("model", "custom"): ["model._target_=torch.nn.Identity"],
 }
 
@@ -112,6 +116,24 @@ def test_a_trainer_is_built_from_its_config(trainer: str) -> None:
 def test_other_arguments_of_the_trainer_can_be_added() -> None:
     cfg = configure("+trainer.inference_mode=false", "trainer.accelerator=cpu")
     assert instantiate(cfg.trainer, logger=False, enable_checkpointing=False).test_loop.inference_mode is False
+
+
+@pytest.mark.parametrize(("bits", "exponent"), [(5, "max"), (4, "max"), (3, "mse"), (2, "mse")])
+def test_the_presets_of_the_bit_widths_differ_in_the_quantizer_only(bits: int, exponent: str) -> None:
+    cfg = plain(configure(f"experiment=cifar10_resnet20_{bits}bit", "data.path=images.npz"))
+    assert (cfg["inq"]["bits"], cfg["inq"]["exponent"]) == (bits, exponent)
+    shared = plain(configure("experiment=cifar10_resnet20", "data.path=images.npz"))
+    assert all(cfg[key] == shared[key] for key in ("data", "model", "pretrain"))
+
+
+@pytest.mark.parametrize(("depth", "batch_size"), [(18, 80), (50, 32)])
+def test_the_imagenet_presets_follow_the_papers_protocol(depth: int, batch_size: int) -> None:
+    cfg = configure(f"experiment=imagenet_resnet{depth}_5bit", "data.root=imagenet")
+    assert (cfg.model.net.name, cfg.model.net.weights) == (f"resnet{depth}", "IMAGENET1K_V1")
+    assert (cfg.data.batch_size, cfg.model.momentum, cfg.model.weight_decay) == (batch_size, 0.9, 5e-4)
+    assert cfg.pretrain.max_epochs == 0
+    schedule = instantiate(cfg.inq).schedule
+    assert (schedule.portions, schedule.starts) == ((0.5, 0.75, 0.875, 1.0), (0, 2, 4, 6))
 
 
 def test_the_experiment_sets_what_it_promises() -> None:

@@ -136,6 +136,18 @@ def test_the_grid_is_fixed_when_the_first_weights_freeze_and_grown_weights_satur
     assert w[free[2]] == 0
 
 
+def test_the_grid_of_least_error_is_fixed_by_all_weights_and_the_largest_saturate() -> None:
+    w = torch.randn(1000, generator=torch.Generator().manual_seed(1))
+    best = PowerOfTwoGrid.from_weights(w, 2, exponent="mse")
+    layer = FrozenWeight("w", torch.nn.Parameter(w.clone()), 2, exponent="mse")
+    layer.freeze(0.2)
+    assert layer.grid == best
+    assert best.n1 == PowerOfTwoGrid.from_weights(w, 2).n1 - 2
+    assert set(layer.parameter[layer.mask].abs().tolist()) == {2.0**best.n1}
+    layer.freeze(1.0)
+    assert layer.grid == best
+
+
 def test_the_grid_stays_when_all_weights_that_are_left_have_shrunk() -> None:
     w = torch.full((8,), 1.0, dtype=torch.float16)
     frozen = FrozenWeight("w", w, 6)  # 16 levels; of float16's 40 powers of two

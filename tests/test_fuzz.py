@@ -130,6 +130,7 @@ def configs(draw: st.DrawFn) -> Config:
             "bits": bits,
             "partition": draw(st.sampled_from(["magnitude", "random"])),
             "underflow": draw(st.sampled_from(["nearest", "truncate"])),
+            "exponent": draw(st.sampled_from(["max", "mse"])),
             "layer_bits": draw(st.sampled_from([None, {"first*": 3, "last": 8}])),
             "embeddings": True,
             "keep_zeros": keep_zeros,

@@ -285,3 +285,49 @@ def test_codes_of_any_signed_integer_type_are_decoded(dtype: torch.dtype) -> Non
         [-2, -1, 0],
         [1, 2, 2],
     ]
+
+
+# ---- n1 by the least squared error -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("underflow", UNDERFLOWS)
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_the_exponent_of_least_error_is_the_best_of_the_largest_and_those_below_it(
+    underflow: str, data: st.DataObject
+) -> None:
+    w = data.draw(weights(torch.float32))
+    bits = data.draw(st.sampled_from(BITS))
+    try:
+        largest = PowerOfTwoGrid.from_weights(w, bits, underflow)
+    except ValueError:
+        return
+    grid = PowerOfTwoGrid.from_weights(w, bits, underflow, exponent="mse")
+    if largest.n1 is None:
+        assert grid == largest
+        return
+
+    def error(n1: int) -> Fraction:
+        pairs = zip(fractions(w), round_all(fractions(w), n1, bits, underflow), strict=True)
+        return sum(((a - b) ** 2 for a, b in pairs), Fraction(0))
+
+    held = [n1 for n1 in range(largest.n1 - 7, largest.n1 + 1) if smallest_exponent(n1, bits) >= -149]
+    assert grid.n1 in held
+    assert (grid.bits, grid.underflow) == (bits, underflow)
+    best = min(error(n1) for n1 in held)
+    assert error(grid.n1) <= best * (1 + Fraction(1, 10**6)), "to what float32 differences can tell"
+
+
+def test_one_outlier_does_not_move_the_exponent_of_least_error() -> None:
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(10_000, generator=generator)
+    with_outlier = torch.cat([w, torch.tensor([30.0])])
+    assert PowerOfTwoGrid.from_weights(with_outlier, 3).n1 == PowerOfTwoGrid.from_weights(w, 3).n1 + 3  # 4.0 and 32.0
+    n1 = PowerOfTwoGrid.from_weights(w, 3, exponent="mse").n1
+    assert PowerOfTwoGrid.from_weights(with_outlier, 3, exponent="mse").n1 == n1 == 1
+
+
+@pytest.mark.parametrize("exponent", ["least", "MAX", None, 1])
+def test_unknown_rules_for_the_exponent_are_refused(exponent: object) -> None:
+    with pytest.raises(ValueError, match="exponent must be one of max, mse, got"):
+        PowerOfTwoGrid.from_weights(torch.ones(3), exponent=exponent)  # type: ignore[arg-type]
