@@ -1,10 +1,16 @@
 """Accuracy of quantized networks against their full-precision baselines: one cell of the study, or a sweep of cells.
 
-A Hydra application over `conf/study.yaml`, which holds all of `inq-train`'s keys::
+A Hydra application over `conf/study.yaml`, which holds all of `inq-train`'s keys. First the baselines, then the cells,
+each a file of `conf/cell`::
 
     python -m benchmarks.accuracy.study -m method=baseline seed=0,1 folder=runs data.path=cifar10.npz
+    python -m benchmarks.accuracy.study -m 'cell=glob(*)' seed=0 folder=runs data.path=cifar10.npz
 
-A cell that has its result is skipped, and an interrupted one goes on from its last epoch.
+A cell that has its result is skipped, and an interrupted one goes on from its last epoch. What is tried before it is
+adopted runs under a name of its own, which says that it is no cell: ``name=try-lr inq.bits=2 model.lr=0.05``.
+
+Test images are looked at once, by the finished network; `val/acc`, from images held out of the training set, is there
+for choosing settings.
 """
 
 from __future__ import annotations
@@ -18,12 +24,16 @@ import hydra
 import torch
 from hydra.core.config_store import ConfigStore
 from hydra.utils import instantiate
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING, DictConfig, OmegaConf
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import Tensor
 
-from inq_lightning.cli.train import build_trainer
+from inq_lightning import INQCallback, PowerOfTwoGrid, Schedule
+from inq_lightning.cli.train import build_trainer, plan_epochs
 from inq_lightning.config import TrainConfig
+from inq_lightning.export.grids import find_grids
+from inq_lightning.restart import LearningRateRestart
 
 
 @dataclass
@@ -31,22 +41,23 @@ class StudyConfig(TrainConfig):
     """What a cell has beside the keys of `inq-train`."""
 
     method: str = "inq"
+    name: str = MISSING
     folder: str = MISSING
+    prune: float = 0.0
 
 
 ConfigStore.instance().store("base_study", StudyConfig)
 
 
 class History(Callback):
-    """Keeps the validation metrics of every epoch."""
+    """Keeps the metrics of every epoch."""
 
     def __init__(self) -> None:
         self.epochs: list[dict[str, float]] = []
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        self.epochs.append(metrics)
-        print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", metrics, flush=True)
+        self.epochs.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", self.epochs[-1], flush=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"epochs": self.epochs}
@@ -55,30 +66,128 @@ class History(Callback):
         self.epochs = state_dict["epochs"]
 
 
+class RestartsOnly(Callback):
+    """The control: INQ's learning-rate restarts without its quantization."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.restart = LearningRateRestart(
+            trainer.optimizers, [config.scheduler for config in trainer.lr_scheduler_configs]
+        )
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch in self.schedule.spread(trainer.max_epochs).starts:
+            self.restart()
+
+
 def baseline(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Train the full-precision network."""
     cfg.model = {**cfg.model, **cfg.pretrain.model, "lr_epochs": None}
     cfg.trainer.max_epochs = cfg.pretrain.max_epochs
     data: LightningDataModule = instantiate(cfg.data)
     module: LightningModule = instantiate(cfg.model, _convert_="all")
+    return fit(cfg, folder, module, data, [])
+
+
+def inq(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Quantize the baseline; the result counts only if every selected weight is on its grid."""
+    callback: INQCallback = instantiate(cfg.inq)
+    module, data = start(cfg, callback)
+    if cfg.prune:
+        for selected in callback.select(module):
+            size = selected.parameter.detach().abs()
+            largest_pruned = size.flatten().kthvalue(round(cfg.prune * size.numel())).values
+            selected.parameter.data.mul_(size > largest_pruned)
+    before = exponents(module, callback)
+    result = fit(cfg, folder, module, data, [callback])
+    find_grids(module, callback.layers)
+    result["layers"] = [layer._asdict() for layer in callback.layers]
+    result["exponents"] = {"before": before, "after": exponents(module, callback)}
+    return result
+
+
+def fine_tune(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Train the baseline on at full precision, for as long and with the same restarts as INQ would."""
+    callback: INQCallback = instantiate(cfg.inq)
+    module, data = start(cfg, callback)
+    return fit(cfg, folder, module, data, [RestartsOnly(callback.schedule)] if callback.restart_lr else [])
+
+
+def one_shot(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Round the whole baseline at once, without any training."""
+    callback: INQCallback = instantiate(cfg.inq)
+    module, data = start(cfg, callback)
+    with torch.no_grad():
+        for selected in callback.select(module):
+            weight = selected.parameter
+            grid = PowerOfTwoGrid.from_weights(weight, selected.bits, callback.underflow, callback.exponent)
+            weight.copy_(grid.quantize(weight))
+    return {"metrics": evaluate(build_trainer(cfg, cfg.trainer, []), module, data), "epochs": []}
+
+
+METHODS = {"baseline": baseline, "inq": inq, "fine_tune": fine_tune, "one_shot": one_shot}
+
+
+def start(cfg: DictConfig, callback: INQCallback) -> tuple[LightningModule, LightningDataModule]:
+    """The baseline of the same seed, its data, and the length of the run settled."""
+    plan_epochs(cfg, callback.schedule)
+    trained = Path(cfg.folder) / "baseline" / str(cfg.seed) / "weights.pt"
+    if not trained.is_file():
+        raise FileNotFoundError(f"there is no {trained}: train it first, with method=baseline seed={cfg.seed}")
+    module: LightningModule = instantiate(cfg.model, _convert_="all")
+    module.load_state_dict(torch.load(trained, weights_only=True))
+    return module, instantiate(cfg.data)
+
+
+def fit(
+    cfg: DictConfig, folder: Path, module: LightningModule, data: LightningDataModule, callbacks: list[Callback]
+) -> dict[str, Any]:
+    """Train, or go on from the last epoch of an interrupted run, and evaluate."""
     history = History()
     last = ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
-    trainer = build_trainer(cfg, cfg.trainer, [history, last])
-    resumed = folder / "last.ckpt"
-    trainer.fit(module, data, ckpt_path=resumed if resumed.exists() else None)
+    trainer = build_trainer(cfg, cfg.trainer, [*callbacks, history, last])
+    interrupted = folder / "last.ckpt"
+    trainer.fit(module, data, ckpt_path=interrupted if interrupted.exists() else None)
     torch.save(module.state_dict(), folder / "weights.pt")
-    metrics = {**trainer.validate(module, data)[0], **trainer.test(module, data)[0]}
-    return {"metrics": metrics, "epochs": history.epochs}
+    return {"metrics": evaluate(trainer, module, data), "epochs": history.epochs}
+
+
+def evaluate(trainer: Trainer, module: LightningModule, data: LightningDataModule) -> dict[str, float]:
+    """Validation and test metrics."""
+    return {**trainer.validate(module, data, verbose=False)[0], **trainer.test(module, data, verbose=False)[0]}
+
+
+def exponents(module: LightningModule, callback: INQCallback) -> dict[str, dict[str, int]]:
+    """How many weights of each layer round to each power of two; those under 2^-20 count as zero."""
+
+    def count(w: Tensor) -> dict[str, int]:
+        exponent = torch.where(w.abs() < 2.0**-20, -99, torch.frexp(w.abs() * (4 / 3)).exponent - 1)
+        values, counts = exponent.unique(return_counts=True)
+        return {"zero" if v == -99 else str(v): c for v, c in zip(values.tolist(), counts.tolist(), strict=True)}
+
+    return {selected.name: count(selected.parameter.detach()) for selected in callback.select(module)}
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="study")
 def main(cfg: DictConfig) -> None:
-    seed_everything(cfg.seed, workers=True)
-    folder = Path(cfg.folder) / f"baseline-{cfg.seed}"
+    folder = Path(cfg.folder) / cfg.name / str(cfg.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    result = folder / "result.json"
-    if not result.exists():
-        result.write_text(json.dumps(baseline(cfg, folder), indent=1))
+    path = folder / "result.json"
+    if path.exists():
+        return
+    print(f"{cfg.name}, seed {cfg.seed}", flush=True)
+    seed_everything(cfg.seed, workers=True)
+    settings = OmegaConf.to_container(cfg)
+    result = METHODS[cfg.method](cfg, folder)
+    for place in ("folder", "output_dir"):
+        settings.pop(place)
+    settings["data"].pop("path", None)
+    partial = path.with_name("result.json.partial")
+    partial.write_text(json.dumps({"name": cfg.name, "seed": cfg.seed, **result, "settings": settings}, indent=1))
+    partial.replace(path)
+    print({name: round(value, 4) for name, value in result["metrics"].items()}, flush=True)
 
 
 if __name__ == "__main__":
