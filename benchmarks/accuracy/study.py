@@ -27,12 +27,12 @@ from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import ModelCheckpoint
-from torch import Tensor
 
 from inq_lightning import INQCallback, PowerOfTwoGrid, Schedule
 from inq_lightning.cli.train import build_trainer, plan_epochs
 from inq_lightning.config import TrainConfig
 from inq_lightning.export.grids import find_grids
+from inq_lightning.plots import count_exponents
 from inq_lightning.restart import LearningRateRestart
 
 
@@ -160,14 +160,11 @@ def evaluate(trainer: Trainer, module: LightningModule, data: LightningDataModul
 
 
 def exponents(module: LightningModule, callback: INQCallback) -> dict[str, dict[str, int]]:
-    """How many weights of each layer round to each power of two; those under 2^-20 count as zero."""
-
-    def count(w: Tensor) -> dict[str, int]:
-        exponent = torch.where(w.abs() < 2.0**-20, -99, torch.frexp(w.abs() * (4 / 3)).exponent - 1)
-        values, counts = exponent.unique(return_counts=True)
-        return {"zero" if v == -99 else str(v): c for v, c in zip(values.tolist(), counts.tolist(), strict=True)}
-
-    return {selected.name: count(selected.parameter.detach()) for selected in callback.select(module)}
+    """How many weights of each layer are nearest to each power of two, by its exponent."""
+    return {
+        selected.name: {str(k): count for k, count in count_exponents(selected.parameter).frozen.items()}
+        for selected in callback.select(module)
+    }
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="study")

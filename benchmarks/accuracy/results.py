@@ -1,0 +1,221 @@
+"""The results page, docs/results.md and its figures, from the study's results.
+
+``python -m benchmarks.accuracy.results RUNS`` gathers the result files under RUNS into results.json beside this file,
+then writes the page; without RUNS, from the results.json that is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from inq_lightning.plots import Exponents, exponent_histogram
+
+HERE = Path(__file__).parent
+DOCS = HERE.parents[1] / "docs"
+
+Results = dict[str, dict[int, dict[str, Any]]]  # by cell, then by seed
+
+#: Control of each cell: the baseline trained on for the same epochs. Cells of the same length share one.
+CONTROLS = {5: "5bit_control", 4: "4bit_control", 3: "3bit_control", 2: "2bit_control"}
+
+SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    (
+        "Bits",
+        "First and last layer are quantized too; every selected weight is on its grid.",
+        ("5bit", "4bit", "3bit", "2bit"),
+    ),
+    (
+        "Without INQ",
+        "Rounding everything at once, with no training or with training for what is not quantized: biases and norms.",
+        ("5bit_one_shot", "5bit_one_phase", "3bit_one_shot", "2bit_one_shot"),
+    ),
+    ("Which weights first", "", ("5bit", "5bit_random", "3bit", "3bit_random")),
+    ("Portions", "", ("5bit", "5bit_alexnet", "3bit", "3bit_coarse")),
+    ("Restarts", "", ("5bit", "5bit_no_restart", "5bit_reset_optimizer")),
+    ("Pruned first", "", ("5bit", "5bit_pruned")),
+    ("What low bit widths need", "", ("2bit_max", "2bit", "2bit_first_last_8bit")),
+)
+
+PUBLISHED = (
+    ("INQ, ResNet-18 on ImageNet, top-1", "32 → 5 bits", "68.27 → 68.98", "Zhou et al., ICLR 2017, table 1"),
+    ("INQ, ResNet-18 on ImageNet, top-1", "32 → 2 bits", "68.27 → 66.02", "Zhou et al., ICLR 2017, table 4"),
+    ("TTQ, ResNet-20 on CIFAR-10", "32 → 2 bits", "91.77 → 91.13", "Zhu et al., ICLR 2017, table 1"),
+    (
+        "DeepShift, ResNet-18 on CIFAR-10, from a trained network",
+        "32 → 5, 4, 3, 2 bits",
+        "94.45 → 94.12, 94.13, 91.16, 90.68",
+        "Elhoushi et al., CVPR workshops 2021",
+    ),
+    (
+        "APoT, ResNet-20 on CIFAR-10, weights and activations",
+        "32 → 4, 3, 2 bits",
+        "92.96 → 92.45, 92.49, 90.96",
+        "Li et al., ICLR 2020",
+    ),
+)
+
+
+INTRODUCTION = """\
+ResNet-20 on CIFAR-10 (a copy of the images that went through JPEG, so all accuracies are somewhat under those on the
+original ones). Each network is compared with the full-precision baseline of its own seed, and with the *control*: that
+baseline trained on, at full precision, for the same epochs with the same restarts of the learning rate, so that a gain
+from mere further training is not taken for INQ's. A tenth of the training images is held out for choosing settings;
+test images are looked at once, by the finished network. ± is half the range over the seeds."""
+
+
+def gather(runs: Path) -> Results:
+    """All results under a study's folder; trials, which no cell describes, are left out."""
+    results: Results = {}
+    for path in sorted(runs.glob("*/*/result.json")):
+        result = json.loads(path.read_text())
+        if (HERE / "conf" / "cell" / f"{result['name']}.yaml").exists():
+            results.setdefault(result["name"], {})[result["seed"]] = result
+    return results
+
+
+def accuracy(result: dict[str, Any]) -> float:
+    return 100 * float(result["metrics"]["test/acc"])
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean, and half the range where there are several values."""
+    text = f"{statistics.mean(values):{sign}.2f}"
+    return text if len(values) == 1 else f"{text} ± {(max(values) - min(values)) / 2:.2f}"
+
+
+def differences(results: Results, cell: str, reference: str) -> list[float]:
+    """Points of test accuracy over the reference of the same seed."""
+    there = results.get(reference, {})
+    return [accuracy(r) - accuracy(there[seed]) for seed, r in results[cell].items() if seed in there]
+
+
+def table(results: Results, cells: Iterable[str]) -> str:
+    lines = [
+        "| cell | epochs | seeds | test accuracy (%) | against the baseline | against the control |",
+        "|---|---|---|---|---|---|",
+    ]
+    for cell in cells:
+        if cell not in results:
+            continue
+        runs = results[cell]
+        first = next(iter(runs.values()))
+        control = CONTROLS.get(first["settings"]["inq"]["bits"], "")
+        columns = [differences(results, cell, "baseline")]
+        lengths = {len(run["epochs"]) for run in (first, *results.get(control, {}).values())}
+        columns.append(differences(results, cell, control) if control in results and len(lengths) == 1 else [])
+        compared = " | ".join(spread(values, "+") if values else "" for values in columns)
+        scores = spread([accuracy(run) for run in runs.values()])
+        lines.append(f"| `{cell}` | {len(first['epochs'])} | {len(runs)} | {scores} | {compared} |")
+    return "\n".join(lines)
+
+
+def description(cell: str) -> str:
+    """The comment that a cell's file begins with."""
+    lines = (HERE / "conf" / "cell" / f"{cell}.yaml").read_text().splitlines()
+    return " ".join(line.removeprefix("# ") for line in lines[1:] if line.startswith("#"))
+
+
+def course(results: Results, cells: Sequence[str]) -> Figure:
+    """Validation accuracy over epochs, with the phases marked."""
+    figure = Figure((9, 3.2 * len(cells)), layout="constrained")
+    for axes, cell in zip(figure.subplots(len(cells), squeeze=False).flat, cells, strict=True):
+        seed, run = next(iter(results[cell].items()))
+        epochs = run["epochs"]
+        scores = [100 * epoch["val/acc"] for epoch in epochs]
+        axes.plot(range(1, len(scores) + 1), scores, "o-", color="#0072B2", markersize=4, label=f"{cell}, seed {seed}")
+        before = 100 * results["baseline"][seed]["metrics"]["val/acc"]
+        axes.axhline(before, color="#999999", linestyle="--", label="full precision")
+        fraction = 0.0
+        for index, epoch in enumerate(epochs):
+            if epoch["inq/quantized_fraction"] > fraction:
+                fraction = epoch["inq/quantized_fraction"]
+                axes.axvline(index + 0.5, color="#E69F00", linewidth=1)
+                label = f" {100 * fraction:.3g}%"
+                axes.text(index + 0.5, 1.0, label, transform=axes.get_xaxis_transform(), fontsize=8, va="bottom")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("epoch; lines: a phase begins, the share of weights that is quantized from then on")
+        axes.set_ylabel("validation accuracy (%)")
+        axes.legend(loc="lower right", fontsize=8)
+    return figure
+
+
+def histogram(results: Results, cell: str) -> Figure:
+    """All layers' weights together on the exponent axis, before and after."""
+    counts = next(iter(results[cell].values()))["exponents"]
+
+    def total(layers: dict[str, dict[str, int]]) -> dict[int | None, int]:
+        merged: Counter[int | None] = Counter()
+        for layer in layers.values():
+            for k, count in layer.items():
+                merged[None if k == "None" else int(k)] += count
+        return dict(merged)
+
+    before, after = total(counts["before"]), total(counts["after"])
+    return exponent_histogram({"before": Exponents(free=before), f"after, {cell}": Exponents(frozen=after)})
+
+
+def page(results: Results) -> str:
+    baseline = results["baseline"]
+    settings = next(iter(baseline.values()))["settings"]
+    parts = [
+        "# Accuracy on CIFAR-10",
+        "<!-- Written by `python -m benchmarks.accuracy.results`; change that instead. -->",
+        INTRODUCTION,
+        f"The baselines were trained for {settings['pretrain']['max_epochs']} epochs: "
+        + ", ".join(f"{accuracy(run):.2f}% with seed {seed}" for seed, run in sorted(baseline.items()))
+        + ".",
+    ]
+    for title, text, cells in SECTIONS:
+        cells = tuple(cell for cell in cells if cell in results)
+        if not cells:
+            continue
+        parts += [f"## {title}", text] if text else [f"## {title}"]
+        parts.append(table(results, cells))
+        parts.append("\n".join(f"- `{cell}`: {description(cell)}" for cell in cells))
+    drawn = [cell for cell in ("5bit", "2bit") if cell in results]
+    if drawn:
+        parts += ["## Over the epochs", "![Validation accuracy over the epochs](images/accuracy-epochs.svg)"]
+        parts.append("## Where the weights go")
+        parts += [f"![Weights on the exponent axis, {cell}](images/accuracy-{cell}.svg)" for cell in drawn]
+    parts.append("## Published results")
+    parts.append("As their authors report them, on other data and from other baselines: for orientation only.")
+    lines = ["| method and network | bits | accuracy (%) | source |", "|---|---|---|---|"]
+    parts.append("\n".join([*lines, *(f"| {' | '.join(row)} |" for row in PUBLISHED)]))
+    parts.append("## Run it again")
+    parts.append(
+        "```console\n"
+        "$ python -m benchmarks.accuracy.study -m cell=baseline seed=0,1 folder=runs data.path=cifar10.npz\n"
+        "$ python -m benchmarks.accuracy.study -m 'cell=glob(*)' seed=0 folder=runs data.path=cifar10.npz\n"
+        "$ python -m benchmarks.accuracy.results runs\n"
+        "```"
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="?", type=Path, help="the study's folder")
+    runs = parser.parse_args().runs
+    kept = HERE / "results.json"
+    if runs is not None:
+        kept.write_text(json.dumps(gather(runs), separators=(",", ":")) + "\n")
+    results: Results = {cell: {int(s): r for s, r in by.items()} for cell, by in json.loads(kept.read_text()).items()}
+    (DOCS / "results.md").write_text(page(results))
+    drawn = [cell for cell in ("5bit", "2bit") if cell in results]
+    if drawn:
+        course(results, drawn).savefig(DOCS / "images" / "accuracy-epochs.svg")
+    for cell in drawn:
+        histogram(results, cell).savefig(DOCS / "images" / f"accuracy-{cell}.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The accuracy study's cells compose, and one of them runs on a few images."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from benchmarks.accuracy import results, study
+from inq_lightning.classifier import Classifier
+from inq_lightning.models import ResNetCIFAR
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "benchmarks" / "accuracy" / "conf"
+CELLS = sorted(path.stem for path in (CONF / "cell").glob("*.yaml"))
+
+
+def configure(cell: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("study", overrides=[f"cell={cell}", "name=x", "folder=runs", "data.path=images.npz"])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_cell_composes_and_says_what_it_is(cell: str) -> None:
+    cfg = configure(cell)
+    assert cfg.method in study.METHODS
+    if cell != "baseline":
+        assert cfg.inq.bits == int(cell[0])
+        assert (cfg.method == "fine_tune") == cell.endswith("_control")
+        assert (cfg.method == "one_shot") == cell.endswith("_one_shot")
+    assert results.description(cell).endswith(".")
+
+
+def test_every_cell_of_the_page_exists_and_controls_last_as_long_as_what_they_control() -> None:
+    assert {cell for _, _, cells in results.SECTIONS for cell in cells} <= set(CELLS)
+    for bits, control in results.CONTROLS.items():
+        assert configure(control).inq.schedule == configure(f"{bits}bit").inq.schedule
+
+
+def test_a_cell_runs_from_its_baseline_and_is_skipped_once_it_has_its_result(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    images = {f"x_{part}": generator.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8) for part in ("train", "test")}
+    labels = {f"y_{part}": np.arange(40) % 10 for part in ("train", "test")}
+    np.savez(tmp_path / "images.npz", **images, **labels)
+    trained = tmp_path / "baseline" / "0" / "weights.pt"
+    trained.parent.mkdir(parents=True)
+    torch.save(Classifier(ResNetCIFAR(8), 10).state_dict(), trained)
+    command = [
+        *(sys.executable, "-m", "benchmarks.accuracy.study", "cell=5bit_pruned", f"folder={tmp_path}"),
+        *(f"data.path={tmp_path}/images.npz", "data.image_size=8", "model.net.depth=8", "trainer.precision=32-true"),
+        *("inq.schedule.epochs_per_phase=1", "trainer.enable_progress_bar=false"),
+    ]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    path = tmp_path / "5bit_pruned" / "0" / "result.json"
+    result = json.loads(path.read_text())
+    assert [epoch["inq/quantized_fraction"] for epoch in result["epochs"]][-1] == 1
+    assert len(result["epochs"]) == 4
+    assert all(layer["frozen"] == layer["numel"] for layer in result["layers"])
+    for layer in result["layers"]:
+        counts = result["exponents"]["before"][layer["name"]]
+        assert counts["None"] == round(0.5 * layer["numel"])
+    written = path.stat().st_mtime_ns
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert path.stat().st_mtime_ns == written
+    assert results.gather(tmp_path)["5bit_pruned"][0] == result
