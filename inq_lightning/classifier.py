@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -12,6 +13,8 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
+
+_TEMPERATURE = 4.0
 
 LRSchedule = Literal["constant", "cosine", "onecycle"]
 
@@ -36,6 +39,9 @@ class Classifier(LightningModule):
             down to `lr / 250000`, both along half a cosine, as torch's OneCycleLR does by default.
         lr_epochs: Epochs that one decay lasts; None is the Trainer's whole run. INQ restarts the schedule at each
             phase, so give the epochs of one phase.
+        distillation: Weight of the teacher's word in the training loss, in [0, 1]: that much of the divergence between
+            the softened outputs of `teacher` and of the network (Hinton et al. 2015, section 2, temperature 4), and the
+            rest of the cross-entropy. The teacher is given by :meth:`learn_from`.
         channels_last: Whether to compute in channels-last memory format, which is faster for most convolutions.
 
     Raises:
@@ -53,6 +59,7 @@ class Classifier(LightningModule):
         label_smoothing: float = 0.0,
         lr_schedule: LRSchedule = "cosine",
         lr_epochs: int | None = None,
+        distillation: float = 0.0,
         channels_last: bool = False,
     ) -> None:
         super().__init__()
@@ -64,6 +71,8 @@ class Classifier(LightningModule):
             raise ValueError(f"lr_epochs must be at least 1, or None for the Trainer's whole run; got {lr_epochs}")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1); got {label_smoothing}")
+        if not 0 <= distillation <= 1:
+            raise ValueError(f"distillation must be in [0, 1]; got {distillation}")
         self.save_hyperparameters(ignore=["net"])
         # Moving to a device and loading a checkpoint both keep the memory format, so once is enough.
         self.net: nn.Module = net.to(memory_format=torch.channels_last) if channels_last else net  # type: ignore[call-overload]
@@ -76,6 +85,8 @@ class Classifier(LightningModule):
         self.label_smoothing = label_smoothing
         self.lr_schedule = lr_schedule
         self.lr_epochs = lr_epochs
+        self.distillation = distillation
+        self._teacher: list[nn.Module] = []  # in a list, so that it is no part of the module and its checkpoints
         self.channels_last = channels_last
 
     def forward(self, images: Tensor) -> Tensor:
@@ -85,12 +96,39 @@ class Classifier(LightningModule):
         logits: Tensor = self.net(images)
         return logits
 
+    def learn_from(self, teacher: nn.Module) -> None:
+        """Takes a network of the same inputs and outputs as the teacher; a copy of it, which does not train."""
+        self._teacher = [copy.deepcopy(teacher).eval().requires_grad_(False)]
+
+    def on_fit_start(self) -> None:
+        """Puts the teacher on the module's device.
+
+        Raises:
+            ValueError: There should be a teacher and there is none.
+        """
+        if self.distillation and not self._teacher:
+            raise ValueError(
+                f"distillation={self.distillation} needs a teacher: call learn_from(network) before training"
+            )
+        for teacher in self._teacher:
+            teacher.to(self.device)
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Returns the training loss, a scalar, of images and int64 labels (batch,)."""
         images, labels = batch
-        loss = nn.functional.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
+        logits = self(images)
+        loss = nn.functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        if self.distillation:
+            loss = (1 - self.distillation) * loss + self.distillation * self._divergence(logits, images)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
         return loss
+
+    def _divergence(self, logits: Tensor, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = self._teacher[0](images) / _TEMPERATURE
+        own = (logits / _TEMPERATURE).log_softmax(1)
+        divergence = nn.functional.kl_div(own, target.log_softmax(1), reduction="batchmean", log_target=True)
+        return _TEMPERATURE**2 * divergence  # so that its gradient is of the cross-entropy's size
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Logs `val/loss` and `val/acc` of images and int64 labels (batch,)."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pytorch_lightning import Callback, Trainer, seed_everything
 from torch import nn
+from torch.utils.data import DataLoader
 
 from inq_lightning.classifier import Classifier
 from inq_lightning.data import DigitsDataModule
@@ -122,6 +123,7 @@ def test_a_decay_of_unknown_length_is_an_error(tmp_path: Path) -> None:
         ({"lr": 0.0}, "lr must be above 0; got 0.0"),
         ({"lr_epochs": 0}, "lr_epochs must be at least 1.*got 0"),
         ({"label_smoothing": 1.0}, "label_smoothing.*got 1.0"),
+        ({"distillation": 1.5}, "distillation must be in .*got 1.5"),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
@@ -171,3 +173,39 @@ def test_the_net_is_no_hyperparameter_and_a_checkpoint_restores_it(tmp_path: Pat
     restored = Classifier.load_from_checkpoint(tmp_path / "last.ckpt", net=SmallCNN())
     assert restored.lr == 0.3
     assert torch.equal(restored.net.linear.weight, classifier.net.linear.weight)
+
+
+def test_with_distillation_only_the_network_agrees_with_its_teacher_whatever_the_labels_say(tmp_path: Path) -> None:
+    seed_everything(0)
+    data = DigitsDataModule()
+    teacher = Classifier(SmallCNN(), 10)
+    make_trainer(tmp_path, max_epochs=3).fit(teacher, data)
+    weights = {name: value.clone() for name, value in teacher.state_dict().items()}
+    pupil = Classifier(SmallCNN(), 10, distillation=1.0, lr=0.05)
+    pupil.learn_from(teacher.net)
+    data.setup("fit")
+    wrong = DataLoader([(images, (labels + 1) % 10) for images, labels in data.train_dataloader()], batch_size=None)
+    make_trainer(tmp_path, max_epochs=10).fit(pupil, wrong)
+    images = torch.cat([images for images, _ in data.test_dataloader()])
+    assert (pupil.eval()(images).argmax(1) == teacher.eval()(images).argmax(1)).float().mean() > 0.9
+    assert all(torch.equal(value, weights[name]) for name, value in teacher.state_dict().items())
+    assert set(pupil.state_dict()) == set(weights), "the teacher is in the module"
+
+
+def test_the_distillation_loss_is_hintons(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    pupil, teacher = Classifier(SmallCNN(), 10, distillation=0.3), SmallCNN().eval()
+    pupil.log = lambda *args, **options: None  # type: ignore[method-assign]  # there is no Trainer
+    pupil.learn_from(teacher)
+    images, labels = torch.rand(8, 1, 8, 8), torch.arange(8)
+    pupil.eval()  # batch norm gives the same twice
+    logits, target = pupil(images).double(), teacher(images).double()
+    soft = (target / 4).softmax(1)
+    divergence = (soft * (soft.log() - (logits / 4).log_softmax(1))).sum(1).mean() * 16
+    expected = 0.7 * nn.functional.cross_entropy(logits, labels) + 0.3 * divergence
+    torch.testing.assert_close(pupil.training_step((images, labels), 0).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_distillation_without_a_teacher_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"distillation=0.5 needs a teacher: call learn_from\(network\)"):
+        make_trainer(tmp_path, max_epochs=1).fit(Classifier(SmallCNN(), 10, distillation=0.5), DigitsDataModule())

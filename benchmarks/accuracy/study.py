@@ -29,6 +29,7 @@ from pytorch_lightning import Callback, LightningDataModule, LightningModule, Tr
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from inq_lightning import INQCallback, PowerOfTwoGrid, Schedule
+from inq_lightning.classifier import Classifier
 from inq_lightning.cli.train import build_trainer, plan_epochs
 from inq_lightning.config import TrainConfig
 from inq_lightning.export.grids import find_grids
@@ -136,8 +137,9 @@ def start(cfg: DictConfig, callback: INQCallback) -> tuple[LightningModule, Ligh
     trained = Path(cfg.folder) / "baseline" / str(cfg.seed) / "weights.pt"
     if not trained.is_file():
         raise FileNotFoundError(f"there is no {trained}: train it first, with method=baseline seed={cfg.seed}")
-    module: LightningModule = instantiate(cfg.model, _convert_="all")
+    module: Classifier = instantiate(cfg.model, _convert_="all")
     module.load_state_dict(torch.load(trained, weights_only=True))
+    module.learn_from(module.net)
     return module, instantiate(cfg.data)
 
 
