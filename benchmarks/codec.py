@@ -34,7 +34,7 @@ def entropy_coding(bits: int, numel: int) -> list[float]:
     """The same of the entropy-coded form."""
     codes = some_codes(bits, numel)
     target, packed = torch.empty_like(codes), pack_entropy(codes, bits)
-    there, back = lambda: pack_entropy(codes, bits), lambda: unpack_entropy(packed, bits, numel)  # noqa: E731
+    there, back = lambda: pack_entropy(codes, bits), lambda: unpack_entropy(packed, bits, numel)
     return medians(3, lambda: target.copy_(codes), there, back)
 
 

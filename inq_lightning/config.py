@@ -14,7 +14,11 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from inq_lightning.schedule import Schedule, Unit, default_preset
+from inq_lightning.grid import MAX_BITS, MIN_BITS
+from inq_lightning.schedule import PRESETS, Schedule, Unit, default_preset
+
+# Allowed values, for docs/configuration.md, where the type of what a key configures does not tell them.
+_BITS = {"allowed": f"{MIN_BITS} to {MAX_BITS}"}
 
 
 @dataclass
@@ -22,8 +26,8 @@ class ScheduleConfig:
     """When the quantized portion rises; arguments of :func:`build_schedule`."""
 
     _target_: str = "inq_lightning.config.build_schedule"
-    bits: int = MISSING
-    preset: str | None = None
+    bits: int = field(default=MISSING, metadata=_BITS)
+    preset: str | None = field(default=None, metadata={"allowed": ", ".join(PRESETS)})
     portions: list[float] | None = None
     starts: list[int] | None = None
     epochs_per_phase: int | None = None
@@ -36,7 +40,7 @@ class INQConfig:
 
     _target_: str = "inq_lightning.INQCallback"
     _convert_: str = "all"
-    bits: int = 5
+    bits: int = field(default=5, metadata=_BITS)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     partition: str = "magnitude"
     underflow: str = "nearest"
@@ -66,6 +70,7 @@ class ClassifierConfig:
     label_smoothing: float = 0.0
     lr_schedule: str = "cosine"
     lr_epochs: int | None = None
+    distillation: float = 0.0
     channels_last: bool = False
 
 
@@ -120,7 +125,32 @@ class TorchvisionConfig(DataConfig):
 class TrainerConfig:
     """Arguments of Lightning's Trainer; others can be added with ``+trainer.NAME=VALUE``.
 
-    ``max_epochs`` left out follows from the schedule: so many epochs for each phase, 4 unless it says otherwise.
+    Attributes:
+        accelerator: Kind of device to train on: ``auto``, ``cpu``, ``gpu``, ``mps`` or ``tpu``.
+        devices: How many of them, or a list of their indices; ``auto`` takes all.
+        num_nodes: Number of machines.
+        strategy: How the devices share the work: ``auto``, ``ddp`` or another of Lightning's strategies.
+        precision: Number format of the computation, such as ``32-true``, ``bf16-mixed`` or ``16-mixed``; weights stay
+            float32 in the mixed ones.
+        max_epochs: Epochs of the quantization. Left out, it follows from the schedule: so many epochs for each phase,
+            4 unless ``inq.schedule.epochs_per_phase`` says otherwise.
+        max_steps: Optimizer steps after which training ends even if ``max_epochs`` has not; -1 is no limit.
+        max_time: Wall time after which training ends, as ``DD:HH:MM:SS``.
+        accumulate_grad_batches: Batches whose gradients add up before an optimizer step.
+        gradient_clip_val: Largest norm or value of the gradients; null does not clip.
+        gradient_clip_algorithm: What is clipped: ``norm`` (where it is null, too) or ``value``.
+        deterministic: Whether only deterministic algorithms may run; null leaves it to torch.
+        benchmark: Whether cuDNN tries out which algorithm is fastest; null leaves it to Lightning.
+        fast_dev_run: Run a single batch of everything, to find errors.
+        limit_train_batches: Training batches an epoch, as a number or a share; null takes all.
+        limit_val_batches: The same of validation batches.
+        limit_test_batches: The same of test batches.
+        val_check_interval: How often to validate within an epoch, in batches or as a share; null: at its end.
+        check_val_every_n_epoch: Validate after every so many epochs.
+        num_sanity_val_steps: Validation batches that are tried before training starts.
+        log_every_n_steps: Log values of single steps every so many steps.
+        enable_progress_bar: Show Lightning's progress bar.
+        enable_model_summary: Show Lightning's table of layers before training.
     """
 
     _target_: str = "pytorch_lightning.Trainer"
@@ -153,7 +183,9 @@ class TrainerConfig:
 class PretrainConfig:
     """The training of the full-precision network, skipped when ``ckpt`` names a trained one.
 
-    ``model`` holds what differs in the model's config during this stage.
+    Attributes:
+        max_epochs: Epochs of the training.
+        model: What differs in the model's config during this stage, such as ``pretrain.model.lr=0.1``.
     """
 
     max_epochs: int = 20
@@ -162,7 +194,26 @@ class PretrainConfig:
 
 @dataclass
 class TrainConfig:
-    """Everything that `inq-train` reads."""
+    """Everything that `inq-train` reads.
+
+    Attributes:
+        model: The network and how it is trained.
+        data: The images.
+        inq: The quantization: arguments of :class:`~inq_lightning.INQCallback`.
+        trainer: Lightning's Trainer; others of its arguments can be added as ``+trainer.NAME=VALUE``.
+        pretrain: The training of the full-precision network, skipped when ``ckpt`` names a trained one.
+        logger: Loggers of Lightning, each under any name.
+        callbacks: Callbacks of Lightning, each under any name.
+        seed: Seed of everything random: weights, data, the order of training.
+        ckpt: A trained network to start from, a Lightning checkpoint or a state_dict; pre-training is skipped. With
+            ``resume``, the checkpoint of the interrupted run.
+        resume: Whether to go on with the interrupted run that wrote ``ckpt``.
+        stage: What loggers and checkpoints call the stage that runs, ``pretrain`` or ``quantize``; set by `inq-train`.
+        output: What is printed: ``rich``, progress and a table for people; ``json``, a line of JSON for each epoch and
+            one for the report on standard output, with the table on standard error; ``auto``, ``rich`` on a terminal
+            and ``json`` elsewhere.
+        output_dir: Folder of everything that is written; left out, Hydra makes one for each run.
+    """
 
     model: Any = MISSING
     data: Any = MISSING
@@ -175,6 +226,7 @@ class TrainConfig:
     ckpt: str | None = None
     resume: bool = False
     stage: str = "quantize"
+    output: str = "auto"
     output_dir: str = MISSING
 
 

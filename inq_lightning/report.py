@@ -7,14 +7,16 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
 from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
 from inq_lightning.callback import INQCallback
-from inq_lightning.metrics import BitsPerWeight
+from inq_lightning.monitor import size_of
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,10 @@ class Report:
             seconds: Wall time.
         """
         widths = {layer.name: layer.bits for layer in callback.layers}
-        size = BitsPerWeight()
+        size = size_of(module, callback.layers)
         bytes_before, levels = 0, []
         for name, parameter in module.named_parameters():
             name = name.replace("_orig_mod.", "")
-            size.update(parameter.detach(), widths.get(name))
             bytes_before += parameter.numel() * parameter.element_size()
             if name in widths:
                 levels.append((int(torch.unique(parameter.detach()).numel()), (1 << (widths[name] - 1)) + 1))
@@ -102,20 +103,60 @@ class Report:
         table.add_row("time", "", f"{self.seconds:.1f} s")
         return table
 
-    def write(self, path: Path) -> None:
-        """Write the report as JSON; ``path`` appears only once it is complete.
+    def as_dict(self) -> dict[str, Any]:
+        """The report's fields for JSON, which has no nan and no infinity: a metric without a finite value is None."""
+        return asdict(self) | {"before": _finite(self.before), "after": _finite(self.after)}
 
-        JSON has no nan and no infinity: a metric without a finite value becomes null.
-        """
-        fields = asdict(self)
-        for metrics in (fields["before"], fields["after"]):
-            metrics.update({name: None for name, value in metrics.items() if not math.isfinite(value)})
+    def write(self, path: Path) -> None:
+        """Write the report as JSON; ``path`` appears only once it is complete."""
         partial = path.with_name(path.name + ".partial")
         try:
-            partial.write_text(json.dumps(fields, indent=2, allow_nan=False) + "\n")
+            partial.write_text(json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n")
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+class JSONLines(Callback):
+    """Prints a line of JSON for each epoch: where the quantization stands, and all metrics.
+
+    ::
+
+        {"event": "epoch", "stage": "quantize", "epoch": 0, "step": 24, "phase": 1, "quantized_fraction": 0.5,
+         "metrics": {"train/loss": 0.03, "val/acc": 0.98}}
+
+    Args:
+        stage: What is going on, as ``"stage"`` of each line.
+    """
+
+    def __init__(self, stage: str) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the epoch's line."""
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        inq = next((callback for callback in callbacks if isinstance(callback, INQCallback)), None)
+        if trainer.is_global_zero:
+            print_json(
+                event="epoch",
+                stage=self.stage,
+                epoch=trainer.current_epoch,
+                step=trainer.global_step,
+                phase=inq.phase if inq else 0,
+                quantized_fraction=inq.quantized_fraction if inq else 0.0,
+                metrics=_finite(metrics),
+            )
+
+
+def print_json(**fields: Any) -> None:
+    """Print the fields as one line of JSON, at once."""
+    print(json.dumps(fields, allow_nan=False), flush=True)
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _number(value: float | None) -> str:

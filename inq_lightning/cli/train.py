@@ -5,6 +5,7 @@ A Hydra application over `conf/`::
     inq-train inq.bits=3 inq/schedule=resnet18
     inq-train -m inq.bits=2,3,4,5
     inq-train ckpt=outputs/.../interrupted.ckpt resume=true
+    inq-train output=json | jq .metrics
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from pytorch_lightning.callbacks import LearningRateMonitor
+from pytorch_lightning.callbacks import LearningRateMonitor, ProgressBar
 
 import inq_lightning.config  # noqa: F401  registers the structured configs
 from inq_lightning.callback import INQCallback
+from inq_lightning.export.artifact import save_packed
 from inq_lightning.models import import_extra
+from inq_lightning.monitor import INQMonitor
 from inq_lightning.schedule import Schedule
 
 EPOCHS_PER_PHASE = 4  # where neither the schedule nor trainer.max_epochs says
@@ -58,7 +61,8 @@ def main(cfg: DictConfig) -> None:
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # model._target_ may name a module of the user's own, as under python -m
     report = import_extra("inq_lightning.report", "train")
-    console = import_extra("rich.console", "train").Console()
+    choose_output(cfg)
+    console = import_extra("rich.console", "train").Console(stderr=cfg.output == "json")
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     seed_everything(cfg.seed, workers=True)
     checkpoint = load_checkpoint(cfg)
@@ -86,8 +90,36 @@ def main(cfg: DictConfig) -> None:
     trainer.save_checkpoint(folder / "quantized.ckpt", weights_only=False)
     if trainer.is_global_zero:
         result.write(folder / "report.json")
+        if callback.quantized_fraction == 1:
+            pack(module, callback, folder / "quantized.safetensors")
+        if cfg.output == "json":
+            report.print_json(event="report", **result.as_dict(), folder=str(folder))
         console.print(result.table())
         console.print(f"Checkpoint, report and logs are in {folder}", soft_wrap=True, markup=False)
+
+
+def choose_output(cfg: DictConfig) -> None:
+    """Settle ``output``: ``rich`` on a terminal, else ``json``, which keeps standard output for lines of JSON.
+
+    Raises:
+        ValueError: It is none of the allowed values.
+    """
+    if cfg.output not in ("auto", "rich", "json"):
+        raise ValueError(f"output must be auto, rich or json, got {cfg.output!r}")
+    if cfg.output == "auto":
+        cfg.output = "rich" if sys.stdout.isatty() else "json"
+    if cfg.output == "json":
+        for handler in logging.getLogger().handlers:  # Hydra's
+            if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
+                handler.setStream(sys.stderr)
+
+
+def pack(module: LightningModule, callback: INQCallback, path: Path) -> None:
+    """Write the artifact, unless the module's state is of a kind that it cannot hold, such as sharded weights."""
+    try:
+        save_packed(module, path, layers=callback.layers, schedule=callback.schedule)
+    except ValueError as error:
+        logging.getLogger(__name__).warning("%s was not written: %s", path.name, error)
 
 
 def load_checkpoint(cfg: DictConfig) -> dict[str, Any]:
@@ -187,6 +219,13 @@ def build_trainer(cfg: DictConfig, trainer: DictConfig, callbacks: list[Callback
     loggers = [instantiate(c) for c in cfg.logger.values()]
     if not loggers:  # the monitor refuses to work without one
         configured = [c for c in configured if not isinstance(c, LearningRateMonitor)]
+    if not any(isinstance(c, INQCallback) for c in callbacks):  # pre-training
+        configured = [c for c in configured if not isinstance(c, INQMonitor)]
+    if cfg.output == "json":
+        trainer.enable_progress_bar = False
+        configured.append(import_extra("inq_lightning.report", "train").JSONLines(cfg.stage))
+    if not trainer.enable_progress_bar:
+        configured = [c for c in configured if not isinstance(c, ProgressBar)]
     callbacks = [*callbacks, *configured]
     built: Trainer = instantiate(trainer, callbacks=callbacks, logger=loggers, default_root_dir=cfg.output_dir)
     return built

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from inq_lightning.grid import MAX_BITS, MIN_BITS, PowerOfTwoGrid
+from inq_lightning.grid import MAX_BITS, MIN_BITS, PowerOfTwoGrid, exponent_range
 from inq_lightning.selection import select_parameters
 
 
@@ -40,13 +40,16 @@ def fit_grid(weight: Tensor) -> PowerOfTwoGrid | None:
     mantissa, exponent = torch.frexp(weight.detach())
     nonzero = weight != 0
     if not bool(nonzero.any()):
-        return PowerOfTwoGrid(None, MIN_BITS) if not bool(weight.isnan().any()) else None
+        return PowerOfTwoGrid(None, MIN_BITS)
     if not bool((mantissa[nonzero].abs() == 0.5).all()):  # inf and nan have another mantissa
         return None
     exponents = exponent[nonzero]
     n1, n2 = int(exponents.max()) - 1, int(exponents.min()) - 1
     bits = max(MIN_BITS, 2 + (n1 - n2).bit_length())
-    return PowerOfTwoGrid(n1, bits) if bits <= MAX_BITS else None
+    lowest = exponent_range(weight.dtype)[0]
+    if bits > MAX_BITS or n2 < lowest:
+        return None
+    return PowerOfTwoGrid(max(n1, lowest - 1 + (1 << bits - 2)), bits)  # no level below what the dtype holds
 
 
 def holds(grid: PowerOfTwoGrid, weight: Tensor) -> bool:
@@ -73,38 +76,78 @@ def find_grids(
     Raises:
         ValueError: Parameters are not on their grids, or ``layers`` names parameters that the module lacks.
     """
-    parameters = {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters(remove_duplicate=False)}
-    found: dict[str, PowerOfTwoGrid | None] = {}
+    found = candidate_grids(model, layers)
+    check_complete(found, allow_partial)
+    return {name: grid for name, grid in found.items() if grid is not None}
+
+
+def candidate_grids(
+    source: nn.Module | Mapping[str, Tensor], layers: Iterable[LayerGrid] | None = None
+) -> dict[str, PowerOfTwoGrid | None]:
+    """Find the grids of all parameters that are, or could have been, quantized.
+
+    Args:
+        source: The network, or the tensors of its state_dict.
+        layers: See :func:`find_grids`. A state_dict does not tell which layers its tensors belong to: without
+            ``layers``, candidates are all floating-point tensors of two and more dimensions that are called
+            ``weight``, ``in_proj_weight``, ``weight_ih_l0`` and so on.
+
+    Returns:
+        Grids by name, in the order of ``source`` or ``layers``; None where a candidate is not on its grid.
+
+    Raises:
+        ValueError: ``layers`` names parameters that ``source`` lacks.
+    """
+    named = source.named_parameters(remove_duplicate=False) if isinstance(source, nn.Module) else source.items()
+    tensors: dict[str, Tensor] = {name.replace("_orig_mod.", ""): tensor for name, tensor in named}
     if layers is not None:
         records = {layer.name: layer for layer in layers}
-        unknown = [name for name in records if name not in parameters]
+        unknown = [name for name in records if name not in tensors]
         if unknown:
             raise ValueError(
                 f"layers names {', '.join(unknown)}, which the module lacks; pass the module that was trained, not a "
                 "part of it, or leave out layers"
             )
-        for name, record in records.items():
-            grid = PowerOfTwoGrid(record.n1, record.bits)
-            found[name] = grid if holds(grid, parameters[name]) else None
+        given = {name: PowerOfTwoGrid(record.n1, record.bits) for name, record in records.items()}
+        return {name: grid if holds(grid, tensors[name]) else None for name, grid in given.items()}
+    if isinstance(source, nn.Module):
+        required, optional = _selected(source)
     else:
-        trainable = {name: p.requires_grad for name, p in parameters.items()}
-        for p in parameters.values():
-            p.requires_grad_(True)  # a frozen backbone is as quantized as the rest
-        try:
-            selected = {s.name for s in select_parameters(model)}
-            optional = {s.name for s in select_parameters(model, embeddings=True)} - selected
-        finally:
-            for name, p in parameters.items():
-                p.requires_grad_(trainable[name])
-        for name, parameter in parameters.items():
-            fitted = fit_grid(parameter) if name in selected | optional else None
-            if name in selected or fitted is not None:
-                found[name] = fitted
-    off = [name for name, grid in found.items() if grid is None]
+        required, optional = {name for name, tensor in tensors.items() if _looks_like_weights(name, tensor)}, set()
+    fitted = {name: fit_grid(tensors[name]) for name in tensors if name in required | optional}
+    return {name: grid for name, grid in fitted.items() if name in required or grid is not None}
+
+
+def check_complete(grids: Mapping[str, PowerOfTwoGrid | None], allow_partial: bool = False) -> None:
+    """Refuse a network that is not fully quantized, unless ``allow_partial``.
+
+    Raises:
+        ValueError: A parameter has no grid; the message names it.
+    """
+    off = [name for name, grid in grids.items() if grid is None]
     if off and not allow_partial:
         raise ValueError(
             f"the network is not fully quantized: {', '.join(off)} {'is' if len(off) == 1 else 'are'} not on a grid. "
             "Train until the quantized fraction is 1, pass layers=callback.layers where layers were left out on "
             "purpose, or allow_partial=True to keep these as they are"
         )
-    return {name: grid for name, grid in found.items() if grid is not None}
+
+
+def _selected(model: nn.Module) -> tuple[set[str], set[str]]:
+    """Names of the weights that INQ quantizes by default, and of those that it does when asked."""
+    parameters = list(model.parameters())
+    trainable = [p.requires_grad for p in parameters]
+    for p in parameters:
+        p.requires_grad_(True)  # a frozen backbone is as quantized as the rest
+    try:
+        required = {s.name for s in select_parameters(model)}
+        return required, {s.name for s in select_parameters(model, embeddings=True)} - required
+    finally:
+        for p, was in zip(parameters, trainable, strict=True):
+            p.requires_grad_(was)
+
+
+def _looks_like_weights(name: str, tensor: Tensor) -> bool:
+    name = name.rpartition(".")[2]
+    floating = tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return floating and tensor.dim() > 1 and (name.startswith("weight") or name.endswith("weight"))

@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from support import SCHEDULE, TinyModule, trainer
+from torch import Tensor, nn
+
+from inq_lightning import INQCallback, PowerOfTwoGrid, Schedule, select_parameters
+from inq_lightning.cli.inspect import main
+from inq_lightning.export.artifact import save_packed
+from inq_lightning.inspection import Inspection, inspect_file, inspect_layer
+
+LAYERS = ("net.0.weight", "net.3.weight")
+
+
+class SaveAfterEpoch(Callback):
+    def __init__(self, epoch: int, path: Path) -> None:
+        self.epoch, self.path = epoch, path
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == self.epoch:
+            trainer.save_checkpoint(self.path, weights_only=False)
+
+
+class Files:
+    """One run of the Trainer: before, after half of it, and at its end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.original, self.partial, self.quantized = (
+            folder / f"{n}.ckpt" for n in ("original", "partial", "quantized")
+        )
+        self.module, self.callback = TinyModule(), INQCallback(schedule=SCHEDULE, layer_bits={"net.3": 3})
+        self.before = {name: value.clone() for name, value in self.module.state_dict().items()}
+        torch.save(self.before, self.original)
+        run = trainer(self.callback, SaveAfterEpoch(1, self.partial))
+        run.fit(self.module)
+        run.save_checkpoint(self.quantized, weights_only=False)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.module.state_dict().items() if name in LAYERS}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return Files(tmp_path_factory.mktemp("files"))
+
+
+def assert_describes(inspection: Inspection, files: Files) -> None:
+    """Every number of the two layers is the one counted from the weights themselves."""
+    assert [layer.name for layer in inspection.layers] == list(LAYERS)
+    for layer, known in zip(inspection.layers, files.callback.layers, strict=True):
+        weight = files.weights[layer.name]
+        assert (layer.name, layer.shape, layer.bits, layer.n1, layer.n2, layer.numel, layer.frozen) == known
+        counts = Counter(weight.abs().flatten().tolist())
+        assert layer.zeros == counts[0.0] / layer.numel
+        assert list(layer.exponents) == list(range(layer.n2 or 0, (layer.n1 or 0) + 1))
+        assert layer.exponents == {k: counts[2.0**k] / layer.numel for k in layer.exponents}
+    assert inspection.fully_quantized
+    assert inspection.quantized_fraction == 1.0
+
+
+def test_a_checkpoint_tells_layers_schedule_and_phase(files: Files) -> None:
+    inspection = inspect_file(files.quantized)
+    assert inspection.kind == "checkpoint"
+    assert inspection.file_bytes == files.quantized.stat().st_size
+    assert (inspection.schedule, inspection.phase) == (Schedule.from_mapping(SCHEDULE), 4)
+    assert_describes(inspection, files)
+    assert [(x.bytes_before, x.bytes_after) for x in inspection.layers] == [(448, 112 * 5 // 8), (224, 56 * 3 // 8)]
+    assert inspection.other_bytes == 4 * (14 + 4 * 14 + 4) + 8  # biases, the norm and its buffers
+    assert inspection.bytes_before == inspection.other_bytes + 448 + 224
+    assert inspection.bytes_after == inspection.other_bytes + 70 + 21
+    assert all(layer.snr_db is None for layer in inspection.layers)
+
+
+def test_a_checkpoint_of_an_unfinished_run_counts_what_is_frozen(files: Files) -> None:
+    inspection = inspect_file(files.partial)
+    assert not inspection.fully_quantized
+    assert inspection.quantized_fraction == 0.75
+    assert inspection.phase == 2
+    saved = torch.load(files.partial, weights_only=True)
+    for layer in inspection.layers:
+        state = saved["callbacks"]["INQCallback"]["layers"][layer.name]
+        assert layer.frozen == state["frozen"] == round(0.75 * layer.numel)
+        assert (layer.zeros or 0) + sum(layer.exponents.values()) == pytest.approx(1)
+        assert layer.bytes_after == layer.bytes_before == 4 * layer.numel
+
+
+def test_the_reference_gives_the_noise_of_each_layer(files: Files) -> None:
+    for path in (files.quantized, files.partial):
+        inspection = inspect_file(path, files.original)
+        weights = torch.load(path, weights_only=True)["state_dict"]
+        for layer in inspection.layers:
+            original, weight = files.before[layer.name].double(), weights[layer.name].double()
+            if path == files.partial:
+                grid = PowerOfTwoGrid(layer.n1, layer.bits or 5)
+                mask = torch.isin(weight, grid.levels)  # a free weight is not on the grid, but by chance
+                assert int(mask.sum()) == layer.frozen
+                original, weight = original[mask], weight[mask]
+            expected = 10 * math.log10(float(original.square().sum() / (original - weight).square().sum()))
+            assert layer.snr_db == pytest.approx(expected)
+
+
+def test_a_file_against_itself_has_no_noise_and_stays_json(files: Files) -> None:
+    inspection = inspect_file(files.quantized, files.quantized)
+    assert [layer.snr_db for layer in inspection.layers] == [math.inf] * 2
+    assert [layer["snr_db"] for layer in json.loads(json.dumps(inspection.as_dict(), allow_nan=False))["layers"]] == [
+        None,
+        None,
+    ]
+
+
+def test_the_weights_of_a_state_dict_tell_by_themselves(files: Files, tmp_path: Path) -> None:
+    torch.save(files.module.state_dict(), tmp_path / "weights.bin")
+    inspection = inspect_file(tmp_path / "weights.bin")
+    assert (inspection.kind, inspection.schedule, inspection.phase) == ("state_dict", None, None)
+    assert inspection.fully_quantized
+    for layer, known in zip(inspection.layers, files.callback.layers, strict=True):
+        assert layer.bits is not None
+        assert layer.bits <= known.bits
+        assert layer.n1 is not None
+        assert set(layer.exponents) >= {math.frexp(w)[1] - 1 for w in files.weights[layer.name].flatten().tolist() if w}
+
+
+def test_a_full_precision_network_has_no_grids(files: Files) -> None:
+    inspection = inspect_file(files.original)
+    assert [(x.name, x.bits, x.frozen, x.exponents) for x in inspection.layers] == [(n, None, 0, {}) for n in LAYERS]
+    assert not inspection.fully_quantized
+    assert inspection.bytes_after == inspection.bytes_before
+
+
+@pytest.mark.parametrize("entropy_coded", [False, True])
+def test_an_artifact_is_described_as_its_checkpoint_is(files: Files, tmp_path: Path, entropy_coded: bool) -> None:
+    path, schedule = tmp_path / "network", Schedule.from_mapping(SCHEDULE)
+    layers = files.callback.layers
+    save_packed(files.module, path, layers=layers, entropy_coded=entropy_coded, schedule=schedule)
+    inspection = inspect_file(path, files.original)
+    assert (inspection.kind, inspection.schedule) == ("packed", schedule)
+    packed = sorted(inspection.layers, key=lambda layer: LAYERS.index(layer.name))
+    assert_describes(replace(inspection, layers=tuple(packed)), files)
+    assert [layer.snr_db for layer in packed] == [
+        x.snr_db for x in inspect_file(files.quantized, files.original).layers
+    ]
+    if not entropy_coded:
+        assert [layer.bytes_after for layer in packed] == [70, 21]
+
+
+def test_an_unfinished_artifact_names_what_is_on_no_grid(files: Files, tmp_path: Path) -> None:
+    module = TinyModule()
+    module.load_state_dict(files.module.state_dict() | {"net.3.weight": files.before["net.3.weight"]})
+    save_packed(module, tmp_path / "network", allow_partial=True)
+    inspection = inspect_file(tmp_path / "network")
+    assert {layer.name: layer.bits is None for layer in inspection.layers} == {LAYERS[0]: False, LAYERS[1]: True}
+    assert not inspection.fully_quantized
+
+
+def convolutional(bits: int) -> nn.Module:
+    """Every level in use; behind the convolution, a norm that is folded into its scales."""
+    torch.manual_seed(bits)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 5))
+    with torch.no_grad():
+        for parameter in (*model[1].parameters(), model[1].running_mean):  # type: ignore[misc, union-attr]
+            parameter.uniform_(-1.0, 1.0)
+        for selected in select_parameters(model, bits):
+            grid = PowerOfTwoGrid(-1, bits)
+            codes = torch.randint(-grid.magnitudes, grid.magnitudes + 1, selected.parameter.shape)
+            codes.view(-1)[: 2 * grid.magnitudes + 1] = torch.arange(-grid.magnitudes, grid.magnitudes + 1)[
+                : codes.numel()
+            ]
+            selected.parameter.copy_(grid.decode(codes))
+    return model.eval()
+
+
+OFTEN = {(2, False), (4, False), (5, False), (4, True), (5, True)}  # one of each container
+
+
+@pytest.mark.parametrize(
+    ("bits", "speed"),
+    [
+        pytest.param(bits, speed, marks=() if (bits, speed) in OFTEN else pytest.mark.slow)
+        for bits in range(2, 9)
+        for speed in (False, True)
+    ],
+)
+def test_an_onnx_file_holds_the_codes_of_its_network(bits: int, speed: bool, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    from inq_lightning.export.onnx import export_onnx
+
+    model = convolutional(bits)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    layers = INQCallback(bits).select(model)
+    records = [Record(s.name, bits, -1) for s in layers]
+    export_onnx(model, tmp_path / "model.onnx", torch.randn(2, 2, 6, 6), layers=records, speed=speed)
+    inspection = inspect_file(tmp_path / "model.onnx", tmp_path / "model.pt")
+    assert inspection.kind == "onnx"
+    assert inspection.fully_quantized
+    assert sorted(layer.name for layer in inspection.layers) == ["0.weight", "4.weight"]
+    for layer in inspection.layers:
+        parameter = model.get_parameter(layer.name)
+        expected = inspect_layer(layer.name, parameter.detach(), PowerOfTwoGrid(-1, bits), None, parameter.detach())
+        assert expected.snr_db == math.inf  # the codes stand for the network's weights, norm folded or not
+        assert replace(layer, bytes_after=expected.bytes_after) == expected
+    assert inspection.bytes_after < inspection.bytes_before
+
+
+class Record:
+    def __init__(self, name: str, bits: int, n1: int) -> None:
+        self.name, self.bits, self.n1 = name, bits, n1
+
+
+# ---- files that are something else -----------------------------------------------------------------------------------
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    assert stopped.value.code == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    return err
+
+
+class Code:
+    """Restored only by running something."""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is neither a checkpoint nor"),
+        (b"GIF89a no network", "is neither a checkpoint nor"),
+        (b"PK\x03\x04 cut", "is damaged"),
+        (b"\x10\0\0\0\0\0\0\0{}", "is damaged"),
+        (b"\x08\x0a and more", "cannot be read as an ONNX file"),
+    ],
+)
+def test_a_foreign_or_damaged_file_is_named(
+    content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file.ckpt").write_bytes(content)
+    error = refusal(capsys, tmp_path / "file.ckpt")
+    assert error.startswith(f"inq-inspect: {tmp_path / 'file.ckpt'}")
+    assert message in error
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"state_dict": {}, "hyper_parameters": Code()}, tmp_path / "file.ckpt")
+    assert "holds objects that only code could restore" in refusal(capsys, tmp_path / "file.ckpt")
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"state_dict": {}}])
+def test_a_file_without_weights_is_refused(content: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(content, tmp_path / "file.ckpt")
+    assert "not a checkpoint" in (error := refusal(capsys, tmp_path / "file.ckpt")) or "no weights" in error
+
+
+def test_a_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "none.ckpt" in refusal(capsys, tmp_path / "none.ckpt")
+
+
+def test_weights_that_left_the_grid_are_an_error(files: Files, tmp_path: Path) -> None:
+    checkpoint = torch.load(files.quantized, weights_only=True)
+    checkpoint["state_dict"]["net.0.weight"][0, 0] += 0.01
+    torch.save(checkpoint, tmp_path / "moved.ckpt")
+    with pytest.raises(ValueError, match=r"net\.0\.weight: 1 weights that the saved state calls frozen"):
+        inspect_file(tmp_path / "moved.ckpt")
+
+
+def test_the_reference_of_another_network_is_an_error(files: Files, tmp_path: Path) -> None:
+    torch.save({"net.0.weight": torch.zeros(3, 3)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"net\.0\.weight has the shape \(14, 8\), but \(3, 3\) in the reference"):
+        inspect_file(files.quantized, tmp_path / "other.pt")
+    torch.save({"net.9.weight": torch.zeros(3, 3)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"the reference has no net\.0\.weight"):
+        inspect_file(files.quantized, tmp_path / "other.pt")
+
+
+# ---- inq-inspect -----------------------------------------------------------------------------------------------------
+
+
+def test_the_script_prints_an_aligned_table_into_a_pipe(files: Files) -> None:
+    command = [sys.executable, "-m", "inq_lightning.cli.inspect", str(files.quantized)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["layer", "shape", "bits", "zeros", "n2", "shares", "n1", "before/B", "after/B"]
+    assert {len(line) for line in lines[:3]} == {len(lines[0])}
+    assert lines[1].split()[:3] == ["net.0.weight", "14×8", "5"]
+    assert "fully quantized yes" in " ".join(done.stdout.split())
+    assert "\x1b" not in done.stdout
+
+
+def test_json_is_one_document_with_everything(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(files.partial), "--json", "--reference", str(files.original)])
+    document = json.loads(capsys.readouterr().out)
+    inspection = inspect_file(files.partial, files.original)
+    assert document == json.loads(json.dumps(inspection.as_dict()))
+    assert document["schedule"] == {"portions": [0.5, 0.75, 0.875, 1.0], "starts": [0, 1, 2, 3], "unit": "epoch"}
+    assert document["layers"][1]["exponents"].keys() == {str(k) for k in inspection.layers[1].exponents}
+
+
+def test_the_table_has_frozen_shares_and_noise_only_where_they_tell_something(
+    files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([str(files.quantized)])
+    assert not {"frozen", "SNR/dB"} & set(capsys.readouterr().out.split())
+    main([str(files.partial), "--reference", str(files.original)])
+    shown = capsys.readouterr().out.split()
+    assert {"frozen", "SNR/dB", "75.0%"} <= set(shown)
+    assert "phase 2 of 4" in " ".join(shown)
+
+
+def test_the_plot_is_written_whole(files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    main([str(files.partial), "--json", "--plot", str(tmp_path / "out.png")])
+    assert json.loads(capsys.readouterr().out)["kind"] == "checkpoint"
+    assert (tmp_path / "out.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+
+
+def test_a_plot_of_nothing_or_of_an_unknown_format_is_refused(
+    files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    assert "no layer is quantized" in refusal(capsys, files.original, "--plot", tmp_path / "out.png")
+    assert "'xyz' is not supported" in refusal(capsys, files.quantized, "--plot", tmp_path / "out.xyz")
+    assert list(tmp_path.iterdir()) == []

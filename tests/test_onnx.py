@@ -1,0 +1,421 @@
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import numpy_helper
+from support import TinyModule, same_bits, trainer
+from torch import Tensor, nn
+
+from inq_lightning import INQCallback, PowerOfTwoGrid
+from inq_lightning.classifier import Classifier
+from inq_lightning.data import DigitsDataModule
+from inq_lightning.export.onnx import METADATA_KEY, export_onnx, session_options
+from inq_lightning.models import ResNetCIFAR, SmallCNN
+from inq_lightning.selection import select_parameters
+
+BITS = range(2, 9)
+
+
+class ConvNet(nn.Module):
+    """Convolutions of every kind with batch normalization behind them, one tied linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.Conv2d(16, 16, 3, groups=4), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.ConvTranspose2d(16, 8, 2, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.ConvTranspose2d(8, 8, 2, groups=2), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.ConvTranspose2d(8, 1, 2), nn.BatchNorm2d(1), nn.ReLU(),
+        )  # fmt: skip
+        self.linear = nn.Sequential(nn.Linear(196, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32))
+        self.tied = nn.Linear(32, 32)
+        self.tied.weight = self.linear[3].weight
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.tied(self.linear(self.conv(images).flatten(1)))
+        return out
+
+
+class Sequence(nn.Module):
+    """An embedding, a recurrent layer, attention, and linear layers on three dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 16)
+        self.lstm = nn.LSTM(16, 12, batch_first=True, bidirectional=True)
+        self.attention = nn.TransformerEncoderLayer(24, 2, 48, batch_first=True)
+        self.linear = nn.Linear(24, 20, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.linear(self.attention(self.lstm(self.embedding(tokens))[0]))
+        return out
+
+
+def quantize(net: nn.Module, bits: int) -> list[Any]:
+    """Rounds a fresh network to grids all of whose levels occur; norms get zero and negative gammas.
+
+    Returns:
+        Records as `INQCallback.layers` has them.
+    """
+    generator = torch.Generator().manual_seed(bits)
+    records = []
+    with torch.no_grad():
+        for name, p, _, _ in select_parameters(net, bits, embeddings=True):
+            n1 = PowerOfTwoGrid.from_weights(p, bits).n1
+            assert n1 is not None
+            grid = PowerOfTwoGrid(n1, bits)
+            p.copy_(grid.quantize(p))
+            levels = grid.levels.float()[torch.randperm(len(grid.levels), generator=generator)][: p.numel()]
+            p.view(-1)[: len(levels)] = levels
+            records.append(SimpleNamespace(name=name, bits=bits, n1=n1))
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                for tensor in (module.weight, module.bias, module.running_mean):
+                    tensor.normal_(generator=generator)
+                module.running_var.uniform_(0.5, 2, generator=generator)
+                if module.num_features > 2:
+                    module.weight[0], module.weight[1] = 0, -1
+    return records
+
+
+def run(path: Path, x: Tensor, mode: str | None = "exact") -> Any:
+    options = ort.SessionOptions() if mode is None else session_options(mode)  # type: ignore[arg-type]
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+
+
+def float_file(net: nn.Module, path: Path, x: Tensor) -> Path:
+    """The network as torch.onnx writes it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            net.eval(),
+            (x,),
+            dynamo=True,
+            opset_version=21,
+            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+            verbose=False,
+        )
+    assert program is not None
+    program.save(path)
+    return path
+
+
+def decoded(path: Path) -> dict[str, Any]:
+    """Float32 weights of a file, from its initializers, without ONNX Runtime."""
+    graph = onnx.load(path).graph
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear":
+            codes, scale = (arrays[name] for name in node.input)
+            shape = [1] * codes.ndim
+            if scale.ndim:
+                shape[node.attribute[0].i] = -1
+            arrays[node.output[0]] = codes.astype(np.float32) * scale.reshape(shape)
+        elif node.op_type == "Cast" and node.input[0].endswith(".codes"):
+            arrays[node.output[0]] = arrays[node.input[0]].astype(np.int32)
+        elif node.op_type in ("Gather", "Mul") and all(name in arrays for name in node.input):
+            a, b = (arrays[name] for name in node.input)
+            arrays[node.output[0]] = a[b] if node.op_type == "Gather" else a * b
+    return arrays
+
+
+def types(path: Path) -> set[str]:
+    return {
+        onnx.TensorProto.DataType.Name(tensor.data_type)
+        for tensor in onnx.load(path).graph.initializer
+        if tensor.name.endswith(".codes")
+    }
+
+
+class Exported(NamedTuple):
+    net: nn.Module
+    path: Path
+    fast: Path
+    floats: Path
+    difference: float
+    fast_difference: float
+
+
+@pytest.fixture(scope="module", params=BITS)
+def conv_net(request: Any, tmp_path_factory: Any) -> Exported:
+    torch.manual_seed(0)
+    folder, bits = tmp_path_factory.mktemp("onnx"), request.param
+    net, x = ConvNet(), torch.randn(4, 3, 8, 8)
+    layers = quantize(net, bits)
+    difference = export_onnx(net, folder / "net.onnx", x, layers=layers)
+    fast_difference = export_onnx(net, folder / "fast.onnx", x, layers=layers, speed=True) if bits <= 6 else 0.0
+    floats = float_file(net, folder / "float.onnx", x)
+    return Exported(net, folder / "net.onnx", folder / "fast.onnx", floats, difference, fast_difference)
+
+
+def bits_of(exported: Exported) -> int:
+    return int(next(iter(json.loads(metadata(exported.path)[METADATA_KEY]).values()))["bits"])
+
+
+def metadata(path: Path) -> dict[str, str]:
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+
+
+def test_the_codes_are_in_the_smallest_type_that_holds_their_bits(conv_net: Exported) -> None:
+    expected = {2: "INT2", 3: "INT4", 4: "UINT4", 5: "FLOAT8E4M3FN", 6: "FLOAT8E4M3FN", 7: "FLOAT8E5M2", 8: "UINT8"}
+    assert types(conv_net.path) == {expected[bits_of(conv_net)]}
+    model = onnx.load(conv_net.path)
+    opset, ir_version = (25, 13) if bits_of(conv_net) == 2 else (21, 10)
+    assert (model.opset_import[0].version, model.ir_version) == (opset, ir_version)
+    onnx.checker.check_model(model, full_check=True)
+
+
+def test_weights_in_the_file_are_bit_identical_to_those_of_torch_and_of_the_float_file(conv_net: Exported) -> None:
+    ours = decoded(conv_net.path)
+    theirs = {t.name: numpy_helper.to_array(t) for t in onnx.load(conv_net.floats).graph.initializer}
+    names = json.loads(metadata(conv_net.path)[METADATA_KEY])
+    assert len(names) == 7  # the tied weight once
+    parameters = dict(conv_net.net.named_parameters(remove_duplicate=False))
+    unfolded = 0
+    for name in names:
+        expected = theirs[name]
+        assert ours[name].dtype == np.float32
+        assert ours[name].tobytes() == expected.tobytes(), name
+        if np.array_equal(ours[name], parameters[name].detach().numpy()):
+            unfolded += 1
+    # Behind a grouped transposed convolution the norm stays, and the tied weight has none.
+    assert unfolded == 2
+
+
+def test_outputs_in_mode_exact_are_those_of_the_float_file_bit_for_bit(conv_net: Exported) -> None:
+    for batch in (1, 7):
+        x = torch.randn(batch, 3, 8, 8)
+        floats = run(conv_net.floats, x, None)
+        assert run(conv_net.path, x, "exact").tobytes() == floats.tobytes()
+        np.testing.assert_allclose(run(conv_net.path, x, "low-memory"), floats, atol=5e-6, rtol=1e-5)
+        np.testing.assert_allclose(run(conv_net.path, x, None), floats, atol=5e-6, rtol=1e-5)
+        np.testing.assert_allclose(run(conv_net.path, x, "fast"), floats, atol=5e-6, rtol=1e-5)
+
+
+def test_the_returned_difference_is_that_of_rounding(conv_net: Exported) -> None:
+    x = torch.randn(64, 3, 8, 8)
+    with torch.no_grad():
+        expected = conv_net.net.eval()(x).numpy()
+    assert conv_net.difference < 1e-5 * max(1.0, np.abs(expected).max())
+    assert np.abs(run(conv_net.path, x) - expected).max() < 1e-5 * max(1.0, np.abs(expected).max())
+
+
+def test_speed_multiplies_codes_in_linear_layers(conv_net: Exported) -> None:
+    bits = bits_of(conv_net)
+    if bits > 6:
+        pytest.skip("the same file as without speed")
+    operators = [node.op_type for node in onnx.load(conv_net.fast).graph.node]
+    assert operators.count("MatMulNBits") == {2: 3, 3: 3, 4: 3, 5: 6, 6: 0}[bits]
+    assert operators.count("Gemm") == (3 if bits == 6 else 0)
+    x = torch.randn(64, 3, 8, 8)
+    expected = run(conv_net.floats, x, None)
+    for mode in ("exact", "low-memory", "fast"):
+        error = np.abs(run(conv_net.fast, x, mode) - expected).max() / np.abs(expected).max()
+        assert error < (1e-5 if bits == 6 else 0.03)
+    assert conv_net.fast_difference < 0.03 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_the_planes_of_speed_add_up_to_the_weight(bits: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(200, 24)
+    layers = quantize(net, bits)
+    export_onnx(net, tmp_path / "net.onnx", torch.randn(2, 200), layers=layers, speed=True)
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    total = np.zeros((24, 200), np.float32)
+    for node in (node for node in graph.node if node.op_type == "MatMulNBits"):
+        width = next(a.i for a in node.attribute if a.name == "bits")
+        codes, scale, zero = (arrays[name] for name in node.input[1:])
+        values = np.stack([codes >> shift & (1 << width) - 1 for shift in range(0, 8, width)], -1)
+        values = values.reshape(24, scale.shape[1], -1).astype(np.float32) - (zero[0, 0] & (1 << width) - 1)
+        total += (values * scale[..., None]).reshape(24, -1)[:, :200]
+    assert total.tobytes() == net.weight.detach().numpy().tobytes()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 5])
+def test_embeddings_recurrent_layers_and_attention_keep_their_codes(bits: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, tokens = Sequence(), torch.randint(0, 20, (2, 5))
+    layers = quantize(net, bits)
+    for p in net.parameters():
+        p.requires_grad_(False)  # torch then has a fused operator for attention, which ONNX lacks
+    assert export_onnx(net, tmp_path / "net.onnx", tokens, layers=layers) < 1e-5
+    ours, parameters = decoded(tmp_path / "net.onnx"), dict(net.named_parameters())
+    assert len(layers) == 10
+    for layer in layers:
+        assert ours[layer.name].tobytes() == parameters[layer.name].numpy().tobytes()
+    tokens = torch.randint(0, 20, (3, 5))
+    expected = run(float_file(net, tmp_path / "float.onnx", tokens), tokens, None)
+    assert run(tmp_path / "net.onnx", tokens, "exact").tobytes() == expected.tobytes()
+    np.testing.assert_allclose(run(tmp_path / "net.onnx", tokens, "low-memory"), expected, atol=1e-5)
+    if bits == 5:
+        assert export_onnx(net, tmp_path / "fast.onnx", tokens, layers=layers, speed=True) < 0.05
+        operators = [node.op_type for node in onnx.load(tmp_path / "fast.onnx").graph.node]
+        assert operators.count("MatMulNBits") == 10  # two planes of five linear layers
+        assert "Transpose" not in {
+            n.op_type for n in onnx.load(tmp_path / "fast.onnx").graph.node if ".weight" in n.name
+        }
+
+
+@pytest.fixture(scope="module")
+def resnet_bytes(tmp_path_factory: Any) -> int:
+    path = tmp_path_factory.mktemp("resnet") / "float.onnx"
+    return float_file(ResNetCIFAR(20), path, torch.randn(2, 3, 16, 16)).stat().st_size
+
+
+@pytest.mark.parametrize(("bits", "share"), [(2, 0.08), (3, 0.14), (4, 0.14), (5, 0.27)])
+def test_files_of_resnet20_are_as_small_as_promised(bits: int, share: float, resnet_bytes: int, tmp_path: Path) -> None:
+    net = ResNetCIFAR(20)
+    quantize(net, bits)
+    export_onnx(net, tmp_path / "net.onnx", torch.randn(2, 3, 16, 16))
+    assert (tmp_path / "net.onnx").stat().st_size <= share * resnet_bytes
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 5])
+def test_a_trained_network_predicts_the_same_on_the_whole_test_set(bits: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data, callback = DigitsDataModule(), INQCallback(bits=bits, schedule={1: 0.5, 2: 1.0})
+    module = Classifier(SmallCNN(), 10, lr=0.05, lr_schedule="constant")
+    trainer(callback, max_epochs=3).fit(module, data)
+    images = torch.cat([images for images, _ in data.test_dataloader()])
+    difference = export_onnx(module, tmp_path / "net.onnx", images[:1], layers=callback.layers)
+    assert difference < 1e-4
+    with torch.no_grad():
+        expected = module.eval()(images).argmax(1).numpy()
+    assert len(set(expected)) == 10
+    for mode in ("exact", "low-memory", "fast"):
+        assert (run(tmp_path / "net.onnx", images, mode).argmax(1) == expected).all()
+
+
+def test_the_network_and_torch_are_left_as_they_were(tmp_path: Path, capfd: Any) -> None:
+    net = SmallCNN().train()
+    quantize(net, 3)
+    net.features[1].eval()
+    modes = {name: module.training for name, module in net.named_modules()}
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    random, disabled, filters = torch.get_rng_state(), logging.root.manager.disable, list(warnings.filters)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        export_onnx(net, tmp_path / "net.onnx", torch.randn(1, 1, 8, 8, generator=torch.Generator()))
+    assert not caught
+    assert {name: module.training for name, module in net.named_modules()} == modes
+    assert all(same_bits(tensor.float(), state[name].float()) for name, tensor in net.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.is_grad_enabled()
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert (logging.root.manager.disable, list(warnings.filters)) == (disabled, filters)
+    out, err = capfd.readouterr()
+    assert out + err == ""
+
+
+def test_layers_that_were_left_out_stay_float(tmp_path: Path) -> None:
+    net, x = SmallCNN(), torch.randn(2, 1, 8, 8)
+    layers = [layer for layer in quantize(net, 5) if layer.name != "linear.weight"]
+    with torch.no_grad():
+        net.linear.weight.normal_()
+    with pytest.raises(ValueError, match=r"not fully quantized: linear\.weight"):
+        export_onnx(net, tmp_path / "net.onnx", x)
+    assert not list(tmp_path.iterdir())
+    for options in ({"layers": layers}, {"allow_partial": True}):
+        export_onnx(net, tmp_path / "net.onnx", x, **options)  # type: ignore[arg-type]
+        assert set(json.loads(metadata(tmp_path / "net.onnx")[METADATA_KEY])) == {layer.name for layer in layers}
+        floats = float_file(net, tmp_path / "float.onnx", x)
+        assert run(tmp_path / "net.onnx", x).tobytes() == run(floats, x, None).tobytes()
+
+
+def test_layers_of_zeros_are_exported_at_every_bit_width(tmp_path: Path) -> None:
+    net = nn.Sequential(*(nn.Linear(4, 4) for _ in BITS))
+    for p in net.parameters():
+        nn.init.zeros_(p)
+    layers = [SimpleNamespace(name=f"{i}.weight", bits=bits, n1=None) for i, bits in enumerate(BITS)]
+    assert export_onnx(net, tmp_path / "net.onnx", torch.randn(2, 4), layers=layers) == 0
+    assert len(types(tmp_path / "net.onnx")) == 6
+
+
+def test_a_compiled_network_is_exported_as_the_one_within(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    quantize(net, 4)
+    assert export_onnx(torch.compile(net), tmp_path / "net.onnx", torch.randn(2, 8)) < 1e-6  # type: ignore[arg-type]
+    assert types(tmp_path / "net.onnx") == {"UINT4"}
+
+
+def test_several_inputs_and_outputs_share_the_dynamic_batch(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            z = self.a(x) + self.b(y)
+            return {"sum": z, "infinite": z / 0, "largest": z.argmax(1)}
+
+    net = Two()
+    quantize(net, 3)
+    assert export_onnx(net, tmp_path / "net.onnx", (torch.randn(1, 4), torch.randn(1, 5))) < 1e-6
+    session = ort.InferenceSession(str(tmp_path / "net.onnx"), session_options())
+    outputs = session.run(None, {"x": np.ones((9, 4), np.float32), "y": np.ones((9, 5), np.float32)})
+    assert [output.shape for output in outputs] == [(9, 3), (9, 3), (9,)]
+
+
+class FixedBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x.reshape(3, 8))
+        return out
+
+
+def test_bad_input_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
+    net = TinyModule().net
+    x = torch.randn(2, 8)
+    target = tmp_path / "net.onnx"
+    with pytest.raises(ValueError, match="not fully quantized"):
+        export_onnx(net, target, x)
+    quantize(net, 5)
+    with pytest.raises(ValueError, match=r"does not run on inputs of shape \(2, 9\)"):
+        export_onnx(net, target, torch.randn(2, 9))
+    with pytest.raises(TypeError, match="tensor or a tuple of tensors, got list"):
+        export_onnx(net, target, [x])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="batch as their first dimension"):
+        export_onnx(net, target, (x, torch.randn(3, 8)))
+    with pytest.raises(ValueError, match=r"torch\.float64.*model\.float\(\)"):
+        export_onnx(TinyModule().net.double(), target, x.double())
+    with pytest.raises(OSError, match="missing"):
+        export_onnx(net, tmp_path / "missing" / "net.onnx", x)
+    fixed = FixedBatch()
+    quantize(fixed, 5)
+    with pytest.raises(ValueError, match="cannot export the network with a dynamic batch"):
+        export_onnx(fixed, target, torch.randn(3, 8))
+    with pytest.raises(ValueError, match="mode must be one of exact, low-memory, fast, got 'slow'"):
+        session_options("slow")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_export_leaves_the_older_file(tmp_path: Path) -> None:
+    fixed = FixedBatch().train()
+    quantize(fixed, 5)
+    (tmp_path / "net.onnx").write_bytes(b"older")
+    with pytest.raises(ValueError, match="dynamic batch"):
+        export_onnx(fixed, tmp_path / "net.onnx", torch.randn(3, 8))
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+    assert (tmp_path / "net.onnx").read_bytes() == b"older"
+    assert fixed.training
+    assert logging.root.manager.disable == 0
