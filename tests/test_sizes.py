@@ -65,4 +65,4 @@ def test_the_benchmark_measures_a_network(tmp_path: Path, monkeypatch: pytest.Mo
     (row,) = network["rows"]
     assert row["size"]["packed"] < 0.14 * row["size"]["float32"]
     assert row["size"]["mxfp4"] < 0.15 * row["size"]["float32"]
-    assert row["load_peak_memory"]["packed"] < 2
+    assert 1 < row["load_peak_memory"]["packed"] < 4  # the network itself is 1

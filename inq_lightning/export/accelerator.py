@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from inq_lightning.export.artifact import _plain_tensors, _untie
+from inq_lightning.export.artifact import plain_tensors, untie
 from inq_lightning.export.grids import LayerGrid, find_grids
 from inq_lightning.grid import PowerOfTwoGrid
 from inq_lightning.models import import_extra
@@ -118,7 +118,7 @@ def save_accelerator(
     """
     path = Path(path)
     target, grids = _fitting_grids(model, format, layers, allow_partial)
-    own, tied = _untie(_plain_tensors(model.state_dict()), grids)
+    own, tied = untie(plain_tensors(model.state_dict()), grids)
     tensors: dict[str, Tensor] = {}
     weights: dict[str, dict[str, Any]] = {}
     for name, value in own.items():

@@ -144,7 +144,7 @@ def save_packed(
             ``float_dtype``; the message names the parameter.
         ImportError: ``entropy_coded`` without constriction.
     """
-    tensors = _plain_tensors(model.state_dict())
+    tensors = plain_tensors(model.state_dict())
     _check_float_dtype(float_dtype)
     grids = candidate_grids(model, layers)
     check_complete(grids, allow_partial)
@@ -168,7 +168,7 @@ def save_state_dict(
             be on a grid, see :func:`~inq_lightning.export.grids.candidate_grids`.
         ImportError: ``entropy_coded`` without constriction.
     """
-    tensors = _plain_tensors(state_dict)
+    tensors = plain_tensors(state_dict)
     _check_float_dtype(float_dtype)
     grids = candidate_grids(tensors, layers)
     check_complete(grids, allow_partial)
@@ -183,7 +183,7 @@ def _save(
     entropy_coded: bool,
     schedule: Schedule | None,
 ) -> Saved:
-    own, aliases = _untie(state_dict, grids)
+    own, aliases = untie(state_dict, grids)
     tensors: dict[str, Tensor] = {}
     layers: dict[str, dict[str, Any]] = {}
     narrowed, error = {}, 0.0
@@ -460,7 +460,7 @@ def _check_float_dtype(dtype: torch.dtype | None) -> None:
         raise ValueError(f"float_dtype must be torch.float16 or torch.bfloat16, got {dtype}")
 
 
-def _plain_tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+def plain_tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state_dict without what `torch.compile` adds to names; refuses what is no tensor of a plain kind."""
     tensors = {name.replace("_orig_mod.", ""): value for name, value in state_dict.items()}
     for name, value in tensors.items():
@@ -474,7 +474,7 @@ def _plain_tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in tensors.items()}
 
 
-def _untie(tensors: dict[str, Tensor], grids: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def untie(tensors: dict[str, Tensor], grids: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors without repetition, and the other names of each, for those that share their memory."""
     own_names: dict[Any, str] = {}
     for name in sorted(tensors, key=lambda name: grids.get(name) is None):  # the name that has the grid counts

@@ -3,7 +3,6 @@
 import hydra
 from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from omegaconf import DictConfig
-
 from utils.instantiators import instantiate_callbacks
 
 

@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from inq_lightning.export.packed import Packed, _has_fast_int8, to_packed
+from inq_lightning.grid import PowerOfTwoGrid
+from inq_lightning.models import ResNetCIFAR, SmallCNN
+from inq_lightning.selection import select_parameters
+from tests.support import same_bits
+
+BITS = range(2, 9)
+
+
+def quantized(model: nn.Module, bits: int = 4) -> nn.Module:
+    """The network in eval mode, each selected weight rounded to a grid."""
+    for selected in select_parameters(model):
+        weight = selected.parameter
+        weight.data.copy_(PowerOfTwoGrid.from_weights(weight.detach(), bits).quantize(weight.detach()))
+    return model.eval()
+
+
+def every_level(layer: nn.Module, bits: int, n1: int = -1) -> nn.Module:
+    """The layer with all levels of one grid among its weights."""
+    levels = PowerOfTwoGrid(n1, bits).levels
+    weight = layer.weight.data
+    chosen = torch.randint(len(levels), (weight.numel(),))
+    chosen[: len(levels)] = torch.arange(len(levels))[: weight.numel()]
+    weight.copy_(levels[chosen].view_as(weight))
+    return layer.eval()
+
+
+def weight_bytes(model: nn.Module) -> int:
+    return sum(t.untyped_storage().nbytes() for t in {id(t): t for t in tensors(model)}.values())
+
+
+def tensors(model: nn.Module) -> list[Tensor]:
+    """Everything that a layer with weights keeps, its biases and norms apart."""
+    names = ("weight", "codes", "grid", "_like")
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
+    return [
+        t
+        for m in layers
+        for n, t in [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]
+        if n in names
+    ]
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(48, 12), (3, 48)),
+    "linear without bias, 3-d input": (lambda: nn.Linear(48, 12, bias=False), (2, 3, 48)),
+    "conv1d": (lambda: nn.Conv1d(6, 12, 7, stride=2, dilation=2), (2, 6, 40)),
+    "conv2d": (lambda: nn.Conv2d(6, 12, 3, padding=1), (2, 6, 9, 9)),
+    "conv2d same": (lambda: nn.Conv2d(6, 12, 3, padding="same", bias=False), (1, 6, 9, 9)),
+    "conv2d grouped": (lambda: nn.Conv2d(12, 24, 3, groups=3), (2, 12, 9, 9)),
+    "conv2d depthwise": (lambda: nn.Conv2d(20, 20, 3, groups=20), (2, 20, 9, 9)),
+    "conv2d circular": (lambda: nn.Conv2d(6, 12, 3, padding=2, padding_mode="circular"), (2, 6, 9, 9)),
+    "conv2d reflect": (lambda: nn.Conv2d(6, 12, 3, padding=1, padding_mode="reflect"), (2, 6, 9, 9)),
+    "conv2d pointwise": (lambda: nn.Conv2d(12, 24, 1), (2, 12, 9, 9)),
+    "conv3d": (lambda: nn.Conv3d(4, 6, 3), (2, 4, 5, 5, 5)),
+    "transposed 1d": (lambda: nn.ConvTranspose1d(6, 12, 5, stride=2, output_padding=1), (2, 6, 9)),
+    "transposed 2d": (lambda: nn.ConvTranspose2d(6, 12, 3, groups=2, bias=False), (2, 6, 9, 9)),
+    "transposed 3d": (lambda: nn.ConvTranspose3d(4, 6, 3), (1, 4, 3, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("kind", LAYERS)
+@torch.no_grad()
+def test_every_layer_decodes_and_computes_to_the_bit(kind: str, bits: int) -> None:
+    torch.manual_seed(bits)
+    make, shape = LAYERS[kind]
+    layer, x = every_level(make(), bits), torch.randn(shape)
+    packed = to_packed(layer)
+    assert isinstance(packed, Packed)
+    assert isinstance(packed, type(layer))
+    assert same_bits(packed.weight, layer.weight)
+    assert same_bits(packed(x), layer(x))
+    assert "weight" not in dict(packed.named_parameters())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 5, 6])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_other_dtypes_compute_to_the_bit_packed_before_or_after(dtype: torch.dtype, bits: int) -> None:
+    model = nn.Sequential(every_level(nn.Conv2d(3, 64, 3), bits), nn.Flatten(), every_level(nn.Linear(576, 300), bits))
+    after = to_packed(model).to(dtype)
+    model, x = model.to(dtype), torch.randn(2, 3, 5, 5).to(dtype)
+    for packed in (after, to_packed(model)):
+        assert packed(x).dtype == dtype
+        assert same_bits(packed(x), model(x))
+
+
+@pytest.mark.parametrize("n1", [-16, -140, 100])
+def test_extreme_exponents_decode_to_the_bit(n1: int) -> None:
+    for bits in (2, 4, 5):
+        layer = every_level(nn.Linear(48, 12), bits, n1)
+        assert same_bits(to_packed(layer).weight, layer.weight)
+    half = every_level(nn.Linear(48, 12).half(), 5, -16)  # down to the smallest float16
+    assert same_bits(to_packed(half).weight, half.weight)
+
+
+def test_a_layer_of_zeros_is_packed() -> None:
+    layer = nn.Linear(8, 4)
+    layer.weight.data.zero_()
+    assert same_bits(to_packed(layer).weight, layer.weight)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+@pytest.mark.parametrize("batch", [1, 2, 3, 20])
+@torch.no_grad()
+def test_a_large_linear_layer_stays_within_its_bounds(bits: int, batch: int) -> None:
+    torch.manual_seed(bits)
+    layer = every_level(nn.Linear(1000, 1500), bits)
+    x = torch.randn(batch, 1000) * torch.logspace(-3, 3, batch)[:, None]
+    exact = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+    room = x.abs().amax(1, keepdim=True) * layer.weight.abs().sum(1)
+    rounding = exact.abs() * 2**-23 + 1e-9
+    error = (to_packed(layer)(x) - exact).abs()
+    assert bool((error <= room * 2**-22 + rounding).all())
+    assert bool((error.amax(1) < 1e-6 * exact.abs().amax(1)).all())
+    error = (to_packed(layer, activations="int8")(x) - exact).abs()
+    assert bool((error <= room / 254 * (1 + 1e-4) + rounding).all())
+    assert bool((error.amax(1) < 0.02 * exact.abs().amax(1)).all())
+
+
+@pytest.mark.skipif(not _has_fast_int8(), reason="needs VNNI instructions")
+@pytest.mark.parametrize("bits", [4, 5])
+@torch.no_grad()
+def test_integer_products_are_exact_for_integer_inputs(bits: int) -> None:
+    layer = every_level(nn.Linear(1024, 300, bias=False), bits)
+    x = torch.randint(-127, 128, (3, 1024)).float()
+    x[:, 0] = 127.0
+    exact = nn.functional.linear(x.double(), layer.weight.double()).float()
+    assert same_bits(to_packed(layer)(x), exact)
+    assert same_bits(to_packed(layer, activations="int8")(x), exact)
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@torch.no_grad()
+def test_awkward_inputs_of_a_large_linear_layer(activations: str) -> None:
+    layer = every_level(nn.Linear(512, 512), 5)
+    packed = to_packed(layer, activations=activations)
+    assert packed(torch.randn(0, 512)).shape == (0, 512)
+    assert packed(torch.randn(512)).shape == (512,)
+    assert packed(torch.randn(2, 3, 512)).shape == (2, 3, 512)
+    assert same_bits(packed(torch.zeros(1, 512)), layer(torch.zeros(1, 512)))
+    x = torch.randn(3, 512)
+    x[0, 5], x[1, 6], x[2] = float("nan"), float("inf"), x[2] * 1e30
+    y = packed(x)
+    assert bool(y[:2].isnan().all())
+    torch.testing.assert_close(y[2], layer(x)[2], rtol=0, atol=float(layer(x)[2].abs().max()) * 0.02)
+    tiny = torch.randn(1, 512) * 1e-36
+    torch.testing.assert_close(packed(tiny), layer(tiny))
+    with torch.autocast("cpu", torch.bfloat16):
+        if activations == "float":
+            assert same_bits(packed(x[2:]), layer(x[2:]))
+
+
+def test_gradients_reach_the_input_in_float_mode() -> None:
+    layer = every_level(nn.Linear(512, 512), 5)
+    x = torch.randn(2, 512)
+    gradients = []
+    for module in (layer, to_packed(layer)):
+        leaf = x.clone().requires_grad_()
+        module(leaf).square().sum().backward()
+        gradients.append(leaf.grad)
+    assert same_bits(*gradients)
+
+
+@pytest.mark.parametrize("bits", [3, 5])
+@torch.no_grad()
+def test_a_whole_resnet_computes_to_the_bit_in_less_than_a_third_of_the_memory(bits: int) -> None:
+    torch.manual_seed(0)
+    model, x = quantized(ResNetCIFAR(20), bits), torch.randn(2, 3, 32, 32)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    packed = to_packed(model)
+    assert same_bits(packed(x), model(x))
+    assert weight_bytes(packed) <= 0.3 * weight_bytes(model)
+    assert all(same_bits(before[name].float(), t.float()) for name, t in model.state_dict().items())
+    assert isinstance(model.conv1.weight, nn.Parameter)
+
+
+@torch.no_grad()
+def test_a_whole_mlp_stays_close_in_less_than_a_third_of_the_memory() -> None:
+    torch.manual_seed(0)
+    mlp = quantized(nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 10)))
+    x = torch.randn(4, 512)
+    packed = to_packed(mlp)
+    assert weight_bytes(packed) <= 0.3 * weight_bytes(mlp)
+    assert float((packed(x) - mlp(x)).abs().max()) < 2e-6 * float(mlp(x).abs().max())
+
+
+@torch.no_grad()
+def test_a_state_dict_loads_into_a_packed_network_with_other_weights_and_bits() -> None:
+    torch.manual_seed(0)
+    source, target = to_packed(quantized(SmallCNN(), 5)), to_packed(quantized(SmallCNN(), 2))
+    x = torch.randn(2, 1, 8, 8)
+    assert not torch.equal(source(x), target(x))
+    file = io.BytesIO()
+    torch.save(source.state_dict(), file)
+    file.seek(0)
+    target.load_state_dict(torch.load(file, weights_only=True))
+    assert same_bits(source(x), target(x))
+
+
+@torch.no_grad()
+def test_copies_and_pickles_compute_the_same() -> None:
+    packed, x = to_packed(quantized(SmallCNN())), torch.randn(2, 1, 8, 8)
+    file = io.BytesIO()
+    torch.save(packed, file)
+    file.seek(0)
+    for other in (copy.deepcopy(packed), torch.load(file, weights_only=False)):
+        assert same_bits(other(x), packed(x))
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@torch.no_grad()
+def test_export_runs_and_agrees(activations: str) -> None:
+    model = nn.Sequential(every_level(nn.Conv2d(3, 8, 3), 5), nn.Flatten(), every_level(nn.Linear(512, 512), 5))
+    x = torch.randn(2, 3, 10, 10)
+    packed = to_packed(model, activations=activations)
+    exported = torch.export.export(packed, (x,)).module()
+    torch.testing.assert_close(exported(x), packed(x), rtol=0, atol=2e-6 * float(packed(x).abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@torch.no_grad()
+def test_compile_runs_whole_and_agrees(activations: str) -> None:
+    packed = to_packed(every_level(nn.Linear(512, 512), 5), activations=activations)
+    x = torch.randn(2, 512)
+    compiled = torch.compile(packed, fullgraph=True)
+    torch.testing.assert_close(compiled(x), packed(x), rtol=0, atol=2e-6 * float(packed(x).abs().max()))
+
+
+def test_tied_layers_share_their_codes_and_hooks_stay() -> None:
+    first, second = every_level(nn.Linear(32, 32), 4), nn.Linear(32, 32)
+    second.weight = first.weight
+    calls: list[nn.Module] = []
+    first.register_forward_hook(lambda module, args, output: calls.append(module))
+    packed = to_packed(nn.Sequential(first, second))
+    assert packed[0].codes is packed[1].codes
+    packed(torch.randn(1, 32))
+    assert calls == [packed[0]]
+
+
+def test_what_may_compute_something_else_stays_in_floating_point() -> None:
+    class Doubling(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = nn.ModuleDict(
+        {
+            "own": Doubling(8, 8),
+            "attention": nn.MultiheadAttention(8, 2),
+            "lstm": nn.LSTM(8, 8),
+            "embedding": nn.Embedding(8, 8),
+            "head": nn.Linear(8, 8),
+            "linear": nn.Linear(8, 8),
+            "raw": nn.Linear(8, 8),
+        }
+    )
+    model["head"].weight = model["embedding"].weight
+    quantized(model)
+    model["raw"].weight.data.normal_()
+    packed = to_packed(model, allow_partial=True)
+    assert [name for name, module in packed.named_modules() if isinstance(module, Packed)] == ["linear"]
+    assert packed["head"].weight is packed["embedding"].weight
+    assert packed["head"].weight is not model["head"].weight
+
+
+def test_networks_that_are_not_quantized_and_unknown_modes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"0\.weight.* not on a grid"):
+        to_packed(nn.Sequential(nn.Linear(8, 8)))
+    with pytest.raises(ValueError, match="activations must be one of float, int8, got 'int4'"):
+        to_packed(every_level(nn.Linear(8, 8), 4), activations="int4")  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@torch.no_grad()
+def test_it_moves_to_the_gpu_and_agrees(activations: str) -> None:
+    layer = every_level(nn.Linear(512, 512), 5)
+    packed, x = to_packed(layer, activations=activations), torch.randn(3, 512)
+    expected = packed(x)
+    assert same_bits(packed.cuda().weight.cpu(), layer.weight)
+    torch.testing.assert_close(packed(x.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)
