@@ -226,7 +226,7 @@ class TrainConfig:
     ckpt: str | None = None
     resume: bool = False
     stage: str = "quantize"
-    output: str = "auto"
+    output: str = field(default="auto", metadata={"allowed": "auto, rich, json"})
     output_dir: str = MISSING
 
 

@@ -28,8 +28,7 @@ SLACK = 64 << 20  # bytes that the process may grow by: caches of libraries, pie
 def network(seed: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net = nn.Sequential(nn.Linear(6, 20), nn.BatchNorm1d(20), nn.Linear(20, 20), nn.Linear(20, 3))
-    net.append(nn.Linear(20, 3))
+        net = nn.Sequential(nn.Linear(6, 20), nn.BatchNorm1d(20), nn.Linear(20, 20), nn.Linear(20, 3), nn.Linear(20, 3))
     net[4].weight = net[3].weight  # tied
     for bits, layer in ((5, net[0]), (3, net[2]), (2, net[3])):
         layer.weight.data.copy_(PowerOfTwoGrid.from_weights(layer.weight.data, bits).quantize(layer.weight.data))
@@ -103,17 +102,17 @@ def hostile(data: bytes, chance: random.Random) -> bytes:
 
 
 def change(metadata: dict[str, Any], chance: random.Random) -> None:
-    *path, key = chance.choice(places(metadata))
-    node = metadata
+    *path, key = chance.choice(places(metadata) or [("version",)])
+    node: Any = metadata
     for step in path:
         node = node[step]
-    names = [*metadata.get("layers", {}), "0.bias", "1.running_var"]
+    names = ["0.weight", "2.weight", "3.weight", "4.weight", "0.bias", "1.running_var"]
     values = [*NUMBERS, "float16", "float32", "float64", "int64", *names, {}, [1 << 20] * 4, [0, 1 << 62], [1] * 99]
     kind = chance.choice(["set", "set", "delete", "rename", "append"])
     if kind == "set":
         node[key] = copy.deepcopy(chance.choice(values))
-    elif kind == "delete":
-        del node[key]
+    elif kind == "delete" and len(node):
+        node.pop(key)
     elif kind == "rename" and isinstance(node, dict):
         node[chance.choice(names)] = node.pop(key)
     elif isinstance(node, list):
@@ -123,6 +122,8 @@ def change(metadata: dict[str, Any], chance: random.Random) -> None:
 
 
 def change_tensors(tensors: dict[str, Tensor], chance: random.Random) -> None:
+    if not tensors:
+        return
     name = chance.choice(sorted(tensors))
     tensor = tensors[name].clone()
     kind = chance.choice(["value", "value", "delete", "rename", "shape", "dtype", "longer"])

@@ -155,7 +155,8 @@ def test_awkward_inputs_of_a_large_linear_layer(activations: str) -> None:
     assert bool(y[:2].isnan().all())
     torch.testing.assert_close(y[2], layer(x)[2], rtol=0, atol=float(layer(x)[2].abs().max()) * 0.02)
     tiny = torch.randn(1, 512) * 1e-36
-    torch.testing.assert_close(packed(tiny), layer(tiny))
+    bound = float(layer.weight.abs().sum(1).max()) * (2.0**-122 if activations == "float" else 1e-36)
+    torch.testing.assert_close(packed(tiny), layer(tiny), rtol=1e-5, atol=bound)
     with torch.autocast("cpu", torch.bfloat16):
         if activations == "float":
             assert same_bits(packed(x[2:]), layer(x[2:]))
