@@ -1,7 +1,7 @@
 """Packed inference against float32, one thread, as ratios: ``python -m benchmarks.latency [--json PATH]``.
 
-Both networks alternate in bursts of ten calls, as a network in service finds its own weights in the cache, as far as
-they fit; above 1 the packed one is faster. On a busy machine the fastest of many calls is the better guide, on a quiet one
+Both networks alternate in bursts of ten calls: a network in service finds its own weights in the cache, as far as they
+fit; above 1 the packed one is faster. On a busy machine the fastest of many calls is the better guide, on a quiet one
 the median. Weights are random, rounded to their grid.
 """
 
