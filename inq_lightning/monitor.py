@@ -21,6 +21,9 @@ from inq_lightning.metrics import BitsPerWeight
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# TensorBoard shows the first hyper-parameters of the table only, and those first that are marked to differ.
+_FIRST = ("inq/bits", "inq/exponent", "inq/partition", "inq/portions")
+
 
 class INQMonitor(_Callback):
     """Shows loggers how the quantization goes; put it beside an :class:`~inq_lightning.INQCallback`.
@@ -135,7 +138,7 @@ class INQMonitor(_Callback):
 
     def _metrics_figure(self) -> Figure:
         points = [(point["fraction"], point["metrics"]) for point in self._history]
-        return plots.metrics_against_fraction(points, "metrics against the quantized fraction; line: end of each phase")
+        return plots.metrics_against_fraction(points, "line: end of each phase; dots: every evaluation")
 
     # ---- what loggers get --------------------------------------------------------------------------------------------
 
@@ -147,10 +150,7 @@ class INQMonitor(_Callback):
         layers = _exponents(pl_module, inq)
         if not layers or not trainer.is_global_zero:
             return
-        title = (
-            f"phase {inq.phase} of {len(inq.schedule.portions)}, {inq.quantized_fraction:.1%} frozen, "
-            f"step {trainer.global_step}"
-        )
+        title = f"phase {inq.phase} of {len(inq.schedule.portions)}, {inq.quantized_fraction:.1%} frozen"
         for logger in _loggers(trainer, "TensorBoardLogger"):
             for name, layer in layers.items():
                 _add_histogram(logger, f"inq_exponents/{name}/frozen", layer.frozen, trainer.global_step)
@@ -191,9 +191,17 @@ class INQMonitor(_Callback):
         names |= {"inq/quantized_fraction", "inq/bytes"}
         hparams = _flat(pl_module.hparams) | _settings(inq)
         with contextlib.suppress(ModuleNotFoundError):  # the logger writes through tensorboardX
-            from torch.utils.tensorboard.summary import hparams as summaries
+            from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+            from torch.utils.tensorboard.summary import hparams as summarize
 
-            for summary in summaries(hparams, dict.fromkeys(sorted(names), 0.0)):  # type: ignore[no-untyped-call]
+            texts = {name: str(value) if isinstance(value, bool) else value for name, value in hparams.items()}
+            experiment, *session = summarize(texts, dict.fromkeys(sorted(names), 0.0))  # type: ignore[no-untyped-call]
+            plugin = experiment.value[0].metadata.plugin_data
+            content = HParamsPluginData.FromString(plugin.content)
+            for info in content.experiment.hparam_infos:
+                info.differs = info.name in _FIRST
+            plugin.content = content.SerializeToString()
+            for summary in (experiment, *session):
                 logger.experiment.file_writer.add_summary(summary)
 
 

@@ -116,7 +116,7 @@ def exponent_histogram(layers: Mapping[str, Exponents], title: str = "") -> Figu
     columns = _columns(layers)
     across = min(math.ceil(math.sqrt(len(layers))), 3 if len(layers) <= 12 else 5)
     down = -(-len(layers) // across)
-    figure = _figure(max(3.2 * across, 6.4), 2.1 * down + 1.2, title)
+    figure = _figure(max(2.7 * across, 5.4), 1.9 * down + 1.2)
     grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     places = [columns.start - 2, *columns]  # zero stands apart
     ticks = slice(1, None, -(-len(columns) // 10) or 1)
@@ -143,7 +143,8 @@ def exponent_histogram(layers: Mapping[str, Exponents], title: str = "") -> Figu
     for axes in grid.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             legend[label] = handle
-    figure.legend(legend.values(), legend.keys(), loc="outside upper right", ncols=3, fontsize=9, frameon=False)
+    place = {"loc": "outside upper left", "ncols": 3, "frameon": False, "alignment": "left"}
+    figure.legend(legend.values(), legend.keys(), title=title or None, title_fontsize=11, fontsize=9, **place)
     return figure
 
 
@@ -160,7 +161,7 @@ def exponent_heatmap(layers: Mapping[str, Exponents], title: str = "") -> Figure
     """
     columns = _columns(layers)
     rows = [_shares(Counter(layer.frozen) + Counter(layer.free), columns, layer.total) for layer in layers.values()]
-    figure = _figure(max(6.4, 3.4 + 0.46 * (len(columns) + 1)), 1.7 + 0.27 * len(rows), title)
+    figure = _figure(max(5.4, 2.6 + 0.34 * (len(columns) + 1)), 1.6 + 0.3 * len(rows), title)
     axes = figure.subplots()
     highest = max(max(row) for row in rows) or 1.0
     image = axes.imshow(rows, cmap="Blues", vmin=0, vmax=highest, aspect="auto", interpolation="nearest")
@@ -178,7 +179,7 @@ def exponent_heatmap(layers: Mapping[str, Exponents], title: str = "") -> Figure
     axes.grid(which="minor", color="white", linewidth=1.2)
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, label=_SHARE_AXIS, pad=0.02)
+    figure.colorbar(image, ax=axes, label="% of the layer's weights", pad=0.02)
     return figure
 
 
@@ -208,9 +209,9 @@ def metrics_against_fraction(points: Sequence[tuple[float, Mapping[str, float]]]
     left_out = len(quantities) - _MOST_PANELS
     if left_out > 0:
         quantities, title = quantities[:_MOST_PANELS], f"{title} ({left_out} more metrics are not drawn)".strip()
-    across = min(len(quantities), 2)
+    across = 1 if len(quantities) <= 3 else 2
     down = -(-len(quantities) // across)
-    figure = _figure(4.8 * across + (1.6 if across == 1 else 0), 3.0 * down + 0.8, title)
+    figure = _figure(5.4 * across, 2.7 * down + 0.6, title)
     grid = figure.subplots(down, across, squeeze=False)
     for axes, quantity in zip(grid.flat, quantities, strict=False):
         for stage, (colour, marker, line) in _SERIES.items():
@@ -235,7 +236,7 @@ def metrics_against_fraction(points: Sequence[tuple[float, Mapping[str, float]]]
     return figure
 
 
-def _figure(width: float, height: float, title: str) -> Figure:
+def _figure(width: float, height: float, title: str = "") -> Figure:
     figure: Figure = import_extra("matplotlib.figure", "train").Figure((width, height), dpi=110, layout="constrained")
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)

@@ -199,6 +199,7 @@ def test_the_console_script_runs_in_any_directory_and_leaves_everything_in_its_r
         "pretrain",
         "quantize",
         "quantized.ckpt",
+        "quantized.safetensors",
         "report.json",
         "tensorboard",
         "train.log",

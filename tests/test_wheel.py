@@ -42,9 +42,14 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_the_wheel_holds_the_package_its_configs_and_its_type_marker(wheels: dict[str, Path], origin: str) -> None:
     with zipfile.ZipFile(wheels[origin]) as archive:
         names = archive.namelist()
-    package = ROOT / "inq_lightning"
-    expected = {p.relative_to(ROOT).as_posix() for s in ("*.py", "*.yaml", "py.typed") for p in package.rglob(s)}
+    expected = {
+        path.relative_to(ROOT).as_posix()
+        for package in ("inq_lightning", "hydra_plugins")
+        for pattern in ("*.py", "*.yaml", "py.typed")
+        for path in (ROOT / package).rglob(pattern)
+    }
     assert {"inq_lightning/conf/train.yaml", "inq_lightning/py.typed"} <= expected
+    assert "hydra_plugins/inq_lightning/conf/callbacks/inq.yaml" in expected
     assert sorted(name for name in names if ".dist-info/" not in name) == sorted(expected)
 
 
@@ -53,7 +58,8 @@ def test_the_wheel_installs_the_console_scripts(wheels: dict[str, Path]) -> None
         (name,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
         scripts = configparser.ConfigParser()
         scripts.read_string(archive.read(name).decode())
-    assert scripts["console_scripts"]["inq-train"] == "inq_lightning.cli.train:main"
+    names = ("train", "plan", "export", "inspect")
+    assert dict(scripts["console_scripts"]) == {f"inq-{name}": f"inq_lightning.cli.{name}:main" for name in names}
 
 
 def test_the_installed_application_finds_its_configs(wheels: dict[str, Path], tmp_path: Path) -> None:

@@ -143,9 +143,10 @@ def session_options(mode: SessionMode = "exact") -> Any:
 
     Args:
         mode: ``"exact"`` decodes the weights when the session is made; outputs are those of the network's float32 ONNX
-            file, bit for bit. ``"low-memory"`` keeps the codes in memory and decodes a layer each time it runs, which
-            is slower; outputs differ by rounding. ``"fast"`` decodes as ``"exact"`` does, counts denormal numbers as
-            zero and multiplies matrices in bfloat16 where an ARM processor can.
+            file, bit for bit (of recurrent and attention layers, up to rounding). ``"low-memory"`` keeps the codes in
+            memory and decodes a layer each time it runs, which is slower; outputs differ by rounding. ``"fast"``
+            decodes as ``"exact"`` does, counts denormal numbers as zero and multiplies matrices in bfloat16 where an
+            ARM processor can.
 
     Returns:
         New ``onnxruntime.SessionOptions``, the rest at its defaults.
