@@ -18,7 +18,7 @@ from torch import Tensor
 from inq_lightning import saved_state
 from inq_lightning.export.artifact import read_packed
 from inq_lightning.export.grids import candidate_grids
-from inq_lightning.export.onnx import _DEQUANTIZED as DEQUANTIZED
+from inq_lightning.export.onnx import DEQUANTIZED as DEQUANTIZED
 from inq_lightning.export.onnx import METADATA_KEY
 from inq_lightning.frozen import FrozenWeight
 from inq_lightning.grid import PowerOfTwoGrid

@@ -7,6 +7,7 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning import LightningModule, Trainer
@@ -191,13 +192,13 @@ class INQMonitor(_Callback):
         names |= {"inq/quantized_fraction", "inq/bytes"}
         hparams = _flat(pl_module.hparams) | _settings(inq)
         with contextlib.suppress(ModuleNotFoundError):  # the logger writes through tensorboardX
-            from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
             from torch.utils.tensorboard.summary import hparams as summarize
 
             texts = {name: str(value) if isinstance(value, bool) else value for name, value in hparams.items()}
             experiment, *session = summarize(texts, dict.fromkeys(sorted(names), 0.0))  # type: ignore[no-untyped-call]
             plugin = experiment.value[0].metadata.plugin_data
-            content = HParamsPluginData.FromString(plugin.content)
+            content = import_module("tensorboard.plugins.hparams.plugin_data_pb2").HParamsPluginData()
+            content.ParseFromString(plugin.content)
             for info in content.experiment.hparam_infos:
                 info.differs = info.name in _FIRST
             plugin.content = content.SerializeToString()

@@ -130,10 +130,11 @@ def exponent_histogram(layers: Mapping[str, Exponents], title: str = "") -> Figu
         axes.bar(places, frozen, 0.85, color=_BLUE, label="frozen")
         axes.bar(places, free, 0.85, frozen, color=_ORANGE, hatch="////", edgecolor="white", linewidth=0, label="free")
         axes.set_title(name, fontsize=9)
-        axes.set_xticks([places[0], *places[ticks]], [labels[0], *labels[ticks]])
         axes.tick_params(labelsize=8)
         axes.tick_params(axis="x", labelbottom=index + across >= len(layers))
         _plain(axes)
+    # Axes are shared, and setting ticks on each of them takes quadratic time.
+    axes.set_xticks([places[0], *places[ticks]], [labels[0], *labels[ticks]])
     axes.set_ylim(0, 105 * max(layer.share(k) for layer in layers.values() for k in (None, *columns)))
     for axes in grid.flat[len(layers) :]:
         axes.set_visible(False)
@@ -143,8 +144,17 @@ def exponent_histogram(layers: Mapping[str, Exponents], title: str = "") -> Figu
     for axes in grid.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             legend[label] = handle
-    place = {"loc": "outside upper left", "ncols": 3, "frameon": False, "alignment": "left"}
-    figure.legend(legend.values(), legend.keys(), title=title or None, title_fontsize=11, fontsize=9, **place)
+    figure.legend(
+        legend.values(),
+        legend.keys(),
+        loc="outside upper left",
+        ncols=3,
+        title=title,
+        alignment="left",
+        title_fontsize=11,
+        fontsize=9,
+        frameon=False,
+    )
     return figure
 
 

@@ -7,7 +7,6 @@ import json
 import random
 import struct
 import time
-import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -173,14 +172,12 @@ def fuzz(runs: int, folder: Path, seed: int) -> Counter[str]:
     path, slowest = folder / "mutated.safetensors", 0.0
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    tracemalloc.start()
     for _ in range(runs):
         which = chance.randrange(len(files))
         knows = chance.random() < 0.5
         mutated = hostile(files[which], chance) if knows else blind(files[which], files, chance)
         path.write_bytes(mutated)
-        tracemalloc.reset_peak()
-        held, started = tracemalloc.get_traced_memory()[0], time.perf_counter()
+        started = time.perf_counter()
         try:
             load_packed(path, target)
         except ArtifactError:
@@ -204,10 +201,7 @@ def fuzz(runs: int, folder: Path, seed: int) -> Counter[str]:
             declared = sum(t.numel() * t.element_size() for t in artifact.state_dict.values())
             assert declared <= 1 << 30
         slowest = max(slowest, time.perf_counter() - started)
-        peak = tracemalloc.get_traced_memory()[1] - held
-        assert peak <= 30 * len(mutated) + (1 << 22)  # Python's own: the parsed header
         counts[f"{outcome}, {'hostile' if knows else 'blind'}"] += 1
-    tracemalloc.stop()
     grown = resident("VmHWM") - before
     assert grown < SLACK, f"grew by {grown} bytes"
     assert slowest < 20

@@ -26,25 +26,32 @@ from inq_lightning.selection import select_parameters
 BITS = range(2, 9)
 
 
-class ConvNet(nn.Module):
-    """Convolutions of every kind with batch normalization behind them, one tied linear layer."""
+class EveryWidth(nn.Module):
+    """For each bit width a convolution, a transposed one and a linear layer, a batch normalization behind each."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Sequential(
-            nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
-            nn.Conv2d(16, 16, 3, groups=4), nn.BatchNorm2d(16), nn.ReLU(),
-            nn.ConvTranspose2d(16, 8, 2, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
-            nn.ConvTranspose2d(8, 8, 2, groups=2), nn.BatchNorm2d(8), nn.ReLU(),
-            nn.ConvTranspose2d(8, 1, 2), nn.BatchNorm2d(1), nn.ReLU(),
-        )  # fmt: skip
-        self.linear = nn.Sequential(nn.Linear(196, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32))
-        self.tied = nn.Linear(32, 32)
-        self.tied.weight = self.linear[3].weight
+        self.convs, self.linears = nn.ModuleList(), nn.ModuleList()
+        for bits in BITS:
+            conv = nn.Conv2d(8, 8, 5, padding=2, groups=1 + bits % 2, bias=bits < 5)
+            transposed = nn.ConvTranspose2d(8, 8, 3, padding=1, bias=bits > 5)
+            self.convs.append(nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU(), transposed, nn.BatchNorm2d(8)))
+            self.linears.append(nn.Sequential(nn.Linear(128, 128), nn.BatchNorm1d(128)))
+        self.tied = nn.Linear(128, 128)
+        self.tied.weight = self.linears[0][0].weight
 
     def forward(self, images: Tensor) -> Tensor:
-        out: Tensor = self.tied(self.linear(self.conv(images).flatten(1)))
+        for block in self.convs:
+            images = images + block(images).relu()
+        x = images.flatten(1)
+        for block in self.linears:
+            x = x + block(x).tanh()
+        out: Tensor = self.tied(x)
         return out
+
+    @property
+    def layer_bits(self) -> dict[str, int]:
+        return {f"{part}.{i}.*": bits for part in ("convs", "linears") for i, bits in enumerate(BITS)}
 
 
 class Sequence(nn.Module):
@@ -62,23 +69,21 @@ class Sequence(nn.Module):
         return out
 
 
-def quantize(net: nn.Module, bits: int) -> list[Any]:
+def quantize(net: nn.Module, bits: int = 5, layer_bits: dict[str, int] | None = None) -> list[Any]:
     """Rounds a fresh network to grids all of whose levels occur; norms get zero and negative gammas.
 
     Returns:
         Records as `INQCallback.layers` has them.
     """
     generator = torch.Generator().manual_seed(bits)
-    records = []
+    layers = []
     with torch.no_grad():
-        for name, p, _, _ in select_parameters(net, bits, embeddings=True):
-            n1 = PowerOfTwoGrid.from_weights(p, bits).n1
-            assert n1 is not None
-            grid = PowerOfTwoGrid(n1, bits)
+        for name, p, width, _ in select_parameters(net, bits, embeddings=True, layer_bits=layer_bits):
+            grid = PowerOfTwoGrid.from_weights(p, width)
             p.copy_(grid.quantize(p))
             levels = grid.levels.float()[torch.randperm(len(grid.levels), generator=generator)][: p.numel()]
             p.view(-1)[: len(levels)] = levels
-            records.append(SimpleNamespace(name=name, bits=bits, n1=n1))
+            layers.append(SimpleNamespace(name=name, bits=width, n1=grid.n1))
         for module in net.modules():
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                 for tensor in (module.weight, module.bias, module.running_mean):
@@ -86,7 +91,7 @@ def quantize(net: nn.Module, bits: int) -> list[Any]:
                 module.running_var.uniform_(0.5, 2, generator=generator)
                 if module.num_features > 2:
                     module.weight[0], module.weight[1] = 0, -1
-    return records
+    return layers
 
 
 def run(path: Path, x: Tensor, mode: str | None = "exact") -> Any:
@@ -133,16 +138,16 @@ def decoded(path: Path) -> dict[str, Any]:
     return arrays
 
 
-def types(path: Path) -> set[str]:
+def types(path: Path) -> dict[str, str]:
     return {
-        onnx.TensorProto.DataType.Name(tensor.data_type)
+        tensor.name: onnx.TensorProto.DataType.Name(tensor.data_type)
         for tensor in onnx.load(path).graph.initializer
         if tensor.name.endswith(".codes")
     }
 
 
 class Exported(NamedTuple):
-    net: nn.Module
+    net: EveryWidth
     path: Path
     fast: Path
     floats: Path
@@ -150,104 +155,108 @@ class Exported(NamedTuple):
     fast_difference: float
 
 
-@pytest.fixture(scope="module", params=BITS)
-def conv_net(request: Any, tmp_path_factory: Any) -> Exported:
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: Any) -> Exported:
     torch.manual_seed(0)
-    folder, bits = tmp_path_factory.mktemp("onnx"), request.param
-    net, x = ConvNet(), torch.randn(4, 3, 8, 8)
-    layers = quantize(net, bits)
+    folder, net, x = tmp_path_factory.mktemp("onnx"), EveryWidth(), torch.randn(4, 8, 4, 4)
+    layers = quantize(net, layer_bits=net.layer_bits)
     difference = export_onnx(net, folder / "net.onnx", x, layers=layers)
-    fast_difference = export_onnx(net, folder / "fast.onnx", x, layers=layers, speed=True) if bits <= 6 else 0.0
+    fast_difference = export_onnx(net, folder / "fast.onnx", x, layers=layers, speed=True)
     floats = float_file(net, folder / "float.onnx", x)
     return Exported(net, folder / "net.onnx", folder / "fast.onnx", floats, difference, fast_difference)
 
 
-def bits_of(exported: Exported) -> int:
-    return int(next(iter(json.loads(metadata(exported.path)[METADATA_KEY]).values()))["bits"])
+def records(path: Path) -> Any:
+    return json.loads({entry.key: entry.value for entry in onnx.load(path).metadata_props}[METADATA_KEY])
 
 
-def metadata(path: Path) -> dict[str, str]:
-    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
-
-
-def test_the_codes_are_in_the_smallest_type_that_holds_their_bits(conv_net: Exported) -> None:
+def test_the_codes_are_in_the_smallest_type_that_holds_their_bits(exported: Exported) -> None:
     expected = {2: "INT2", 3: "INT4", 4: "UINT4", 5: "FLOAT8E4M3FN", 6: "FLOAT8E4M3FN", 7: "FLOAT8E5M2", 8: "UINT8"}
-    assert types(conv_net.path) == {expected[bits_of(conv_net)]}
-    model = onnx.load(conv_net.path)
-    opset, ir_version = (25, 13) if bits_of(conv_net) == 2 else (21, 10)
-    assert (model.opset_import[0].version, model.ir_version) == (opset, ir_version)
+    found = types(exported.path)
+    layers = records(exported.path)
+    assert len(layers) == 21  # the tied weight once
+    for name, layer in layers.items():
+        assert found[f"{name}.codes"] == expected[layer["bits"]]
+    model = onnx.load(exported.path)
+    assert (model.opset_import[0].version, model.ir_version) == (25, 13)
     onnx.checker.check_model(model, full_check=True)
 
 
-def test_weights_in_the_file_are_bit_identical_to_those_of_torch_and_of_the_float_file(conv_net: Exported) -> None:
-    ours = decoded(conv_net.path)
-    theirs = {t.name: numpy_helper.to_array(t) for t in onnx.load(conv_net.floats).graph.initializer}
-    names = json.loads(metadata(conv_net.path)[METADATA_KEY])
-    assert len(names) == 7  # the tied weight once
-    parameters = dict(conv_net.net.named_parameters(remove_duplicate=False))
-    unfolded = 0
-    for name in names:
-        # torch's exporter folds the norm behind a grouped transposed convolution, ours keeps it.
-        expected = parameters[name].detach().numpy() if name == "conv.9.weight" else theirs[name]
+def test_weights_in_the_file_are_bit_identical_to_those_of_the_float_file(exported: Exported) -> None:
+    ours = decoded(exported.path)
+    theirs = {t.name: numpy_helper.to_array(t) for t in onnx.load(exported.floats).graph.initializer}
+    for name in records(exported.path):
         assert ours[name].dtype == np.float32
-        assert ours[name].tobytes() == expected.tobytes(), name
-        if np.array_equal(ours[name], parameters[name].detach().numpy()):
-            unfolded += 1
-    assert unfolded == 2  # and the tied weight has no norm behind it
+        assert ours[name].tobytes() == theirs[name].tobytes(), name
+    # All norms are folded but the one behind the tied weight.
+    assert [node.op_type for node in onnx.load(exported.path).graph.node].count("BatchNormalization") == 1
 
 
-def test_outputs_in_mode_exact_are_those_of_the_float_file_bit_for_bit(conv_net: Exported) -> None:
+def test_weights_without_a_norm_are_bit_identical_to_those_of_torch(tmp_path: Path) -> None:
+    net = nn.Sequential(*(nn.Linear(16, 16) for _ in BITS))
+    layers = quantize(net, layer_bits={f"{i}.*": bits for i, bits in enumerate(BITS)})
+    assert export_onnx(net, tmp_path / "net.onnx", torch.randn(2, 16), layers=layers) < 1e-6
+    ours = decoded(tmp_path / "net.onnx")
+    for i in range(len(net)):
+        assert ours[f"{i}.weight"].tobytes() == net[i].weight.detach().numpy().tobytes()
+
+
+def test_outputs_in_mode_exact_are_those_of_the_float_file_bit_for_bit(exported: Exported) -> None:
     for batch in (1, 7):
-        x = torch.randn(batch, 3, 8, 8)
-        floats = run(conv_net.floats, x, None)
-        assert run(conv_net.path, x, "exact").tobytes() == floats.tobytes()
-        np.testing.assert_allclose(run(conv_net.path, x, "low-memory"), floats, atol=5e-6, rtol=1e-5)
-        np.testing.assert_allclose(run(conv_net.path, x, None), floats, atol=5e-6, rtol=1e-5)
-        np.testing.assert_allclose(run(conv_net.path, x, "fast"), floats, atol=5e-6, rtol=1e-5)
+        x = torch.randn(batch, 8, 4, 4)
+        floats = run(exported.floats, x, None)
+        assert floats.std(0).min() > 0.01 or batch == 1
+        assert run(exported.path, x, "exact").tobytes() == floats.tobytes()
+        for mode in ("low-memory", "fast", None):
+            np.testing.assert_allclose(run(exported.path, x, mode), floats, atol=1e-5 * np.abs(floats).max())
 
 
-def test_the_returned_difference_is_that_of_rounding(conv_net: Exported) -> None:
-    x = torch.randn(64, 3, 8, 8)
+def test_the_returned_difference_is_that_of_rounding(exported: Exported) -> None:
+    x = torch.randn(64, 8, 4, 4)
     with torch.no_grad():
-        expected = conv_net.net.eval()(x).numpy()
-    assert conv_net.difference < 1e-5 * max(1.0, np.abs(expected).max())
-    assert np.abs(run(conv_net.path, x) - expected).max() < 1e-5 * max(1.0, np.abs(expected).max())
+        expected = exported.net.eval()(x).numpy()
+    largest = np.abs(expected).max()
+    assert 0 <= exported.difference < 1e-5 * largest
+    assert np.abs(run(exported.path, x) - expected).max() < 1e-5 * largest
+    assert exported.fast_difference < 0.05 * largest
 
 
-def test_speed_multiplies_codes_in_linear_layers(conv_net: Exported) -> None:
-    bits = bits_of(conv_net)
-    if bits > 6:
-        pytest.skip("the same file as without speed")
-    operators = [node.op_type for node in onnx.load(conv_net.fast).graph.node]
-    assert operators.count("MatMulNBits") == {2: 3, 3: 3, 4: 3, 5: 6, 6: 0}[bits]
-    assert operators.count("Gemm") == (3 if bits == 6 else 0)
-    x = torch.randn(64, 3, 8, 8)
-    expected = run(conv_net.floats, x, None)
+def test_speed_multiplies_codes_in_linear_layers(exported: Exported) -> None:
+    operators = [node.op_type for node in onnx.load(exported.fast).graph.node]
+    assert operators.count("MatMulNBits") == 2 + 1 + 1 + 2  # the tied weight twice, 5 bits in two planes
+    assert operators.count("Gemm") == 3  # 6 to 8 bits
+    x = torch.randn(64, 8, 4, 4)
+    expected = run(exported.floats, x, None)
     for mode in ("exact", "low-memory", "fast"):
-        error = np.abs(run(conv_net.fast, x, mode) - expected).max() / np.abs(expected).max()
-        assert error < (1e-5 if bits == 6 else 0.03)
-    assert conv_net.fast_difference < 0.03 * np.abs(expected).max()
+        assert np.abs(run(exported.fast, x, mode) - expected).max() < 0.05 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5])
-def test_the_planes_of_speed_add_up_to_the_weight(bits: int, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    net = nn.Linear(200, 24)
-    layers = quantize(net, bits)
+def test_the_planes_of_speed_add_up_to_the_weight(tmp_path: Path) -> None:
+    net = nn.Sequential(*(nn.Linear(200, 200, bias=bits < 4) for bits in (2, 3, 4, 5)))
+    layers = quantize(net, layer_bits={f"{i}.*": bits for i, bits in enumerate((2, 3, 4, 5))})
     export_onnx(net, tmp_path / "net.onnx", torch.randn(2, 200), layers=layers, speed=True)
     graph = onnx.load(tmp_path / "net.onnx").graph
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    total = np.zeros((24, 200), np.float32)
+    totals = {f"{i}.weight": np.zeros((200, 200), np.float32) for i in range(4)}
     for node in (node for node in graph.node if node.op_type == "MatMulNBits"):
         width = next(a.i for a in node.attribute if a.name == "bits")
         codes, scale, zero = (arrays[name] for name in node.input[1:])
         values = np.stack([codes >> shift & (1 << width) - 1 for shift in range(0, 8, width)], -1)
-        values = values.reshape(24, scale.shape[1], -1).astype(np.float32) - (zero[0, 0] & (1 << width) - 1)
-        total += (values * scale[..., None]).reshape(24, -1)[:, :200]
-    assert total.tobytes() == net.weight.detach().numpy().tobytes()
+        values = values.reshape(200, scale.shape[1], -1).astype(np.float32) - (zero[0, 0] & (1 << width) - 1)
+        totals[node.input[1].split(".plane")[0]] += (values * scale[..., None]).reshape(200, -1)[:, :200]
+    for i in range(4):
+        assert totals[f"{i}.weight"].tobytes() == net[i].weight.detach().numpy().tobytes()
 
 
-@pytest.mark.parametrize("bits", [2, 4, 5])
+def test_a_norm_behind_a_grouped_transposed_convolution_stays(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.ConvTranspose2d(8, 8, 2, groups=2), nn.BatchNorm2d(8))
+    x = torch.randn(2, 8, 4, 4)
+    assert export_onnx(net, tmp_path / "net.onnx", x, layers=quantize(net)) < 1e-5
+    assert [n.op_type for n in onnx.load(tmp_path / "net.onnx").graph.node][-1] == "BatchNormalization"
+    assert decoded(tmp_path / "net.onnx")["0.weight"].tobytes() == net[0].weight.detach().numpy().tobytes()
+
+
+@pytest.mark.parametrize("bits", [5, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 def test_embeddings_recurrent_layers_and_attention_keep_their_codes(bits: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net, tokens = Sequence(), torch.randint(0, 20, (2, 5))
@@ -278,7 +287,9 @@ def resnet_bytes(tmp_path_factory: Any) -> int:
     return float_file(ResNetCIFAR(20), path, torch.randn(2, 3, 16, 16)).stat().st_size
 
 
-@pytest.mark.parametrize(("bits", "share"), [(2, 0.08), (3, 0.14), (4, 0.14), (5, 0.27)])
+@pytest.mark.parametrize(
+    ("bits", "share"), [(2, 0.08), pytest.param(3, 0.14, marks=pytest.mark.slow), (4, 0.14), (5, 0.27)]
+)
 def test_files_of_resnet20_are_as_small_as_promised(bits: int, share: float, resnet_bytes: int, tmp_path: Path) -> None:
     net = ResNetCIFAR(20)
     quantize(net, bits)
@@ -287,7 +298,16 @@ def test_files_of_resnet20_are_as_small_as_promised(bits: int, share: float, res
     assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
 
 
-@pytest.mark.parametrize("bits", [2, 4, 5])
+@pytest.mark.parametrize(
+    "bits",
+    [
+        2,
+        5,
+        pytest.param(3, marks=pytest.mark.slow),
+        pytest.param(4, marks=pytest.mark.slow),
+        pytest.param(7, marks=pytest.mark.slow),
+    ],
+)
 def test_a_trained_network_predicts_the_same_on_the_whole_test_set(bits: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     data, callback = DigitsDataModule(), INQCallback(bits=bits, schedule={1: 0.5, 2: 1.0})
@@ -334,7 +354,7 @@ def test_layers_that_were_left_out_stay_float(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     for options in ({"layers": layers}, {"allow_partial": True}):
         export_onnx(net, tmp_path / "net.onnx", x, **options)  # type: ignore[arg-type]
-        assert set(json.loads(metadata(tmp_path / "net.onnx")[METADATA_KEY])) == {layer.name for layer in layers}
+        assert set(records(tmp_path / "net.onnx")) == {layer.name for layer in layers}
         floats = float_file(net, tmp_path / "float.onnx", x)
         assert run(tmp_path / "net.onnx", x).tobytes() == run(floats, x, None).tobytes()
 
@@ -345,14 +365,14 @@ def test_layers_of_zeros_are_exported_at_every_bit_width(tmp_path: Path) -> None
         nn.init.zeros_(p)
     layers = [SimpleNamespace(name=f"{i}.weight", bits=bits, n1=None) for i, bits in enumerate(BITS)]
     assert export_onnx(net, tmp_path / "net.onnx", torch.randn(2, 4), layers=layers) == 0
-    assert len(types(tmp_path / "net.onnx")) == 6
+    assert len(set(types(tmp_path / "net.onnx").values())) == 6
 
 
 def test_a_compiled_network_is_exported_as_the_one_within(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     quantize(net, 4)
     assert export_onnx(torch.compile(net), tmp_path / "net.onnx", torch.randn(2, 8)) < 1e-6  # type: ignore[arg-type]
-    assert types(tmp_path / "net.onnx") == {"UINT4"}
+    assert set(types(tmp_path / "net.onnx").values()) == {"UINT4"}
 
 
 def test_several_inputs_and_outputs_share_the_dynamic_batch(tmp_path: Path) -> None:

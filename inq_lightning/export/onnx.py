@@ -27,7 +27,7 @@ METADATA_KEY = "inq_lightning"
 
 # Bits → the type that DequantizeLinear takes, and the exponent of its largest power of two in use. The magnitudes of 5
 # to 7 bits are powers of two of 8-bit floats, down to their subnormal numbers.
-_DEQUANTIZED = {2: ("INT2", 0), 3: ("INT4", 1), 5: ("FLOAT8E4M3FN", 8), 6: ("FLOAT8E4M3FN", 8), 7: ("FLOAT8E5M2", 15)}
+DEQUANTIZED = {2: ("INT2", 0), 3: ("INT4", 1), 5: ("FLOAT8E4M3FN", 8), 6: ("FLOAT8E4M3FN", 8), 7: ("FLOAT8E5M2", 15)}
 # Bits → the type of the codes where none of those holds the magnitudes; a table has them.
 _LOOKED_UP = {4: "UINT4", 8: "UINT8"}
 
@@ -298,8 +298,8 @@ def _decode(graph: Any, value: Any, weight: _Weight) -> None:
     """Compute ``value`` from codes."""
     ir = import_extra("onnx_ir", "export")
     name, bits, magnitudes = value.name, weight.grid.bits, weight.grid.magnitudes
-    if bits in _DEQUANTIZED:
-        dtype, highest = _DEQUANTIZED[bits]
+    if bits in DEQUANTIZED:
+        dtype, highest = DEQUANTIZED[bits]
         lowest = highest + 1 - magnitudes
         codes = _initializer(graph, f"{name}.codes", np.ldexp(_integers(weight.codes), lowest), dtype)
         scale = _initializer(graph, f"{name}.scale", weight.scale(lowest))
