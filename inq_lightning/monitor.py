@@ -60,13 +60,12 @@ class INQMonitor(_Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make sure that there is something to monitor, and forget an earlier run."""
         _inq(trainer)
-        if stage != "fit":
-            return
-        self._history, self._before = [_point(0, 0.0, self._before)] if self._before else [], {}
-        self._shown, self._grouped, self._drawing = 0, False, True
         for logger in trainer.loggers:
             if hasattr(logger, "_default_hp_metric"):  # else its placeholder would be the first to be written
                 logger._default_hp_metric = False
+        if stage == "fit":
+            self._history, self._before = [_point(0, 0.0, self._before)] if self._before else [], {}
+            self._shown, self._grouped, self._drawing = 0, False, True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add INQCallback's arguments to the hyper-parameters."""

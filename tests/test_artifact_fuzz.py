@@ -6,6 +6,7 @@ import copy
 import json
 import random
 import struct
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from inq_lightning import PowerOfTwoGrid, load_packed, save_packed
 from inq_lightning.export.artifact import _KEY, ArtifactError, _checksum, read_packed
 from tests.support import same_bits
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="measures memory through /proc")
 
 NUMBERS = [-1, 0, 1, 2, 3, 7, 8, 9, 64, 129, 1 << 31, 1 << 40, (1 << 63) - 1, 1 << 64, 10**30, 0.5, True, None, "x", []]
 SLACK = 64 << 20  # bytes that the process may grow by: caches of libraries, pieces of 2^20 weights

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+from omegaconf import DictConfig
 
 from inq_lightning import PRESETS, PowerOfTwoGrid
 
@@ -35,6 +38,7 @@ def test_the_template_knows_nothing_of_inq() -> None:
     assert not [p for p in files if "inq" in p.read_text().lower()]
 
 
+@pytest.mark.slow
 def test_a_template_trains_as_ever_without_the_callback(tmp_path: Path) -> None:
     template("trainer.max_epochs=1", cwd=tmp_path)
     assert all(len(w.unique()) > 100 for w in weights(tmp_path))
@@ -47,19 +51,21 @@ def test_two_overrides_quantize_what_a_template_trains(tmp_path: Path) -> None:
         assert set(w.double().unique().tolist()) <= set(levels.tolist())
 
 
-def test_schedules_are_chosen_and_changed_in_a_template(tmp_path: Path) -> None:
-    overrides = ["callbacks=[default,inq]", "inq/schedule=resnet18", "--cfg", "job"]
-    assert "preset: resnet18\n" in template(*overrides, cwd=tmp_path)
-    changed = template("inq.schedule.portions=[0.25,1.0]", *overrides, cwd=tmp_path)
-    assert "- 0.25\n    - 1.0\n" in changed
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(APP / "configs"), version_base="1.3"):
+        return compose("train", ["callbacks=[default,inq]", *overrides])
 
 
-def test_a_wrong_type_is_refused_by_its_key(tmp_path: Path) -> None:
-    script = str(APP / "src" / "train.py")
-    command = [sys.executable, script, "callbacks=[default,inq]", "inq.bits=many", "--cfg", "job"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "inq.bits" in done.stderr
+def test_schedules_are_chosen_and_changed_in_a_template() -> None:
+    assert composed("inq/schedule=resnet18").inq.schedule.preset == "resnet18"
+    changed = composed("inq/schedule=resnet18", "inq.schedule.portions=[0.25,1.0]")
+    assert changed.inq.schedule.portions == [0.25, 1.0]
+    assert changed.callbacks.inq == changed.inq
+
+
+def test_a_wrong_type_is_refused_by_its_key() -> None:
+    with pytest.raises(ConfigCompositionException, match="inq.bits"):
+        composed("inq.bits=many")
 
 
 BARE = """

@@ -1,75 +1,332 @@
 from __future__ import annotations
 
+import io
+import json
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning import Trainer, seed_everything
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from pytorch_lightning import Callback, Trainer, seed_everything
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.loggers.logger import Logger
+from support import SCHEDULE, TinyModule, assert_same_state, trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch import Tensor
 
-from inq_lightning import INQCallback
-from inq_lightning.classifier import Classifier
-from inq_lightning.data import DigitsDataModule
-from inq_lightning.models import SmallCNN
+from inq_lightning import INQCallback, Schedule
 from inq_lightning.monitor import INQMonitor
 
-
-def train(tmp_path: Path, logger: Any, *callbacks: Any) -> Classifier:
-    seed_everything(0)
-    module = Classifier(SmallCNN(), 10, lr=0.05)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=4,
-        limit_train_batches=3,
-        logger=logger,
-        callbacks=list(callbacks),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        log_every_n_steps=1,
-    )
-    trainer.fit(module, DigitsDataModule())
-    return module
+SHORT = {0: 0.5, 1: 1.0}
+FIGURES = ["inq/exponents", "inq/heatmap", "inq/metrics"]
 
 
-def test_tensorboard_gets_figures_histograms_hyperparameters_and_a_layout(tmp_path: Path) -> None:
-    logger = TensorBoardLogger(tmp_path)
-    train(tmp_path, logger, INQCallback(bits=4, schedule={0: 0.5, 2: 1.0}), INQMonitor())
-    events = EventAccumulator(logger.log_dir, size_guidance={"images": 0, "histograms": 0})
-    events.Reload()
-    tags = events.Tags()
-    assert {"inq/exponents", "inq/heatmap", "inq/metrics"} <= set(tags["images"])
-    assert all(event.encoded_image_string.startswith(b"\x89PNG") for event in events.Images("inq/exponents"))
-    assert len({event.step for event in events.Images("inq/exponents")}) == 3, "two phases and the end"
-    assert "inq_exponents/net.linear.weight/frozen" in tags["histograms"]
-    assert {"inq/quantized_fraction", "inq/phase", "inq/sqnr_db", "inq/bytes"} <= set(tags["scalars"])
-    assert events.Scalars("inq/quantized_fraction")[-1].value == 1
-    plugins = events.summary_metadata
-    assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= set(plugins)
-    assert any(tag.startswith("custom_scalars__config__") for tag in plugins)
+class Logging(TinyModule):
+    """Logs what modules usually log, and has hyper-parameters."""
+
+    def __init__(self, width: int = 14, **options: Any) -> None:
+        super().__init__(**options)
+        self.save_hyperparameters("width")
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("train/loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
+        self.log(f"{stage}/loss", self.loss(batch))
+        self.log(f"{stage}/acc", (self.net(batch[0]).argmax(1) == batch[1]).float().mean())
 
 
-@pytest.mark.parametrize("kind", ["csv", "none"])
-def test_loggers_without_figures_and_none_at_all_are_served_without_a_warning(
-    kind: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
-    logger = CSVLogger(tmp_path) if kind == "csv" else False
-    train(tmp_path, logger, INQCallback(schedule={0: 0.5, 2: 1.0}), INQMonitor())
-    assert not [str(w.message) for w in recwarn if "INQMonitor" in str(w.message) or "figure" in str(w.message)]
-    if kind == "csv":
-        assert "inq/bytes" in (Path(logger.log_dir) / "metrics.csv").read_text()  # type: ignore[union-attr]
+def run(*loggers: Logger, schedule: dict[int, float] = SHORT, ckpt: Path | None = None, **options: Any) -> INQMonitor:
+    monitor = INQMonitor()
+    options = {"logger": list(loggers), "limit_val_batches": 1.0, "max_epochs": len(schedule)} | options
+    trainer(INQCallback(schedule=schedule), monitor, **options).fit(Logging(), ckpt_path=ckpt)
+    return monitor
 
 
-def test_training_is_the_same_with_and_without_the_monitor(tmp_path: Path) -> None:
-    schedule = {0: 0.5, 2: 1.0}
-    plain = train(tmp_path, False, INQCallback(schedule=schedule)).state_dict()
-    watched = train(tmp_path, TensorBoardLogger(tmp_path), INQCallback(schedule=schedule), INQMonitor()).state_dict()
-    assert all(torch.equal(value, watched[name]) for name, value in plain.items())
+def events(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder), {"images": 0, "histograms": 0, "tensors": 0}).Reload()
 
 
-def test_a_trainer_without_inq_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the Trainer has none"):
-        train(tmp_path, False, INQMonitor())
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> EventAccumulator:
+    """A run that tests before and after, as TensorBoard reads it."""
+    folder = tmp_path_factory.mktemp("shown")
+    logger = TensorBoardLogger(folder, name="", version="run")
+    callbacks = [INQCallback(bits=4, schedule=SCHEDULE), INQMonitor(), LearningRateMonitor()]
+    t = trainer(*callbacks, logger=logger, limit_val_batches=1.0, log_every_n_steps=1)
+    module = Logging(scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1))
+    t.test(module, verbose=False)
+    t.fit(module)
+    t.test(module, verbose=False)
+    return events(folder / "run")
+
+
+# ---- TensorBoard -----------------------------------------------------------------------------------------------------
+
+
+def test_every_phase_and_the_end_have_a_figure_of_each_kind(shown: EventAccumulator) -> None:
+    assert sorted(shown.Tags()["images"]) == FIGURES
+    assert [image.step for image in shown.Images("inq/exponents")] == [1, 5, 9, 13, 16]
+    assert [image.step for image in shown.Images("inq/heatmap")] == [1, 5, 9, 13, 16]
+    for tag in FIGURES:
+        for image in shown.Images(tag):
+            pixels = imread(io.BytesIO(image.encoded_image_string))
+            assert pixels.shape[:2] == (image.height, image.width)
+            assert pixels.shape[0] > 200
+            assert pixels.std() > 0.05  # not blank
+
+
+def test_histograms_count_the_frozen_and_the_free_weights_of_each_phase(shown: EventAccumulator) -> None:
+    layers = {"net.0.weight": 112, "net.3.weight": 56}
+    assert set(shown.Tags()["histograms"]) == {f"inq_exponents/{n}/{k}" for n in layers for k in ("frozen", "free")}
+    for name, numel in layers.items():
+        frozen = [h.histogram_value for h in shown.Histograms(f"inq_exponents/{name}/frozen")]
+        free = [h.histogram_value for h in shown.Histograms(f"inq_exponents/{name}/free")]
+        assert [h.num for h in free] == [numel - round(p * numel) for p in (0.5, 0.75, 0.875)]
+        assert frozen[0].num == numel / 2  # the largest half has no zeros
+        assert [h.num for h in frozen] == sorted(h.num for h in frozen)
+        assert len(frozen) == 5
+        assert max(frozen[-1].bucket_limit) - frozen[-1].min <= 4  # 4 bits: four exponents
+
+
+def test_the_layout_groups_scalars_that_exist(shown: EventAccumulator) -> None:
+    (event,) = shown.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    charts = {c.title: {chart.title: list(chart.multiline.tag) for chart in c.chart} for c in layout.category}
+    assert charts.keys() == {"INQ", "metrics"}
+    assert charts["INQ"].keys() == {
+        "quantized fraction",
+        "phase",
+        "signal-to-quantization-noise ratio (dB)",
+        "learning rate",
+    }
+    assert charts["metrics"].keys() >= {"acc", "loss"}
+    scalars = {f"^{tag}$".replace("-", r"\-") for tag in shown.Tags()["scalars"]}
+    for chart in charts["INQ"].values():
+        assert set(chart) <= scalars
+    assert "^val/acc$" in charts["metrics"]["acc"]
+
+
+def plugin(shown: EventAccumulator, tag: str) -> HParamsPluginData:
+    return HParamsPluginData.FromString(shown.SummaryMetadata(f"_hparams_/{tag}").plugin_data.content)
+
+
+def test_the_hparams_tab_gets_the_settings_and_the_final_metrics(shown: EventAccumulator) -> None:
+    hparams = plugin(shown, "session_start_info").session_start_info.hparams
+    assert hparams["inq/bits"].number_value == 4
+    assert hparams["inq/partition"].string_value == "magnitude"
+    assert hparams["inq/portions"].string_value == "0.5, 0.75, 0.875, 1.0"
+    assert hparams["inq/keep_zeros"].string_value == "False"
+    assert hparams["width"].number_value == 14
+    metrics = {info.name.tag for info in plugin(shown, "experiment").experiment.metric_infos}
+    assert metrics >= {"inq/quantized_fraction", "inq/bytes", "val/acc", "test/acc", "test/loss", "train/loss"}
+    assert "hp_metric" not in metrics
+    assert metrics <= set(shown.Tags()["scalars"]) | {"train/loss"}  # Lightning logs it by step and by epoch
+
+
+def test_the_bytes_are_those_of_the_quantized_weights_and_the_other_parameters(shown: EventAccumulator) -> None:
+    others = sum(p.numel() for p in Logging().parameters()) - 168
+    (event,) = shown.Scalars("inq/bytes")
+    assert event.value == -(-(168 * 4 + others * 32) // 8)
+
+
+# ---- other loggers ---------------------------------------------------------------------------------------------------
+
+
+def test_a_csv_logger_gets_no_figures_and_no_warning(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "isinstance.treespec|.*does not have many workers|`isinstance")
+        run(CSVLogger(tmp_path, name="", version="run"), log_every_n_steps=1)
+    header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"inq/bytes", "inq/quantized_fraction", "val/acc"} <= set(header)
+    assert "inq/bits: 5" in (tmp_path / "run" / "hparams.yaml").read_text()
+    assert {path.suffix for path in tmp_path.rglob("*.*")} == {".csv", ".yaml"}
+
+
+def test_several_loggers_and_none_work(tmp_path: Path) -> None:
+    first, second = (TensorBoardLogger(tmp_path, name="", version=v) for v in "ab")
+    run(first, CSVLogger(tmp_path, name="", version="c"), second)
+    for version in "ab":
+        assert sorted(events(tmp_path / version).Tags()["images"]) == FIGURES
+    monitor = run()
+    assert [round(p["fraction"], 3) for p in monitor.state_dict()["history"]] == [0.5, 1.0]
+
+
+class Stub(Logger):
+    """A logger with its class's name as its only likeness to the real one, whose package is not installed here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.figures: list[tuple[str, int | None]] = []
+        self.params: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        return "stub"
+
+    @property
+    def version(self) -> str:
+        return "0"
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        self.params.update(params)
+
+
+class WandbLogger(Stub):
+    def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
+        (figure,) = images
+        assert isinstance(figure, Figure)
+        figure.savefig(io.BytesIO())
+        self.figures.append((key, step))
+
+
+class MLFlowLogger(Stub):
+    run_id = "7"
+
+    @property
+    def experiment(self) -> MLFlowLogger:
+        return self
+
+    def log_figure(self, run_id: str, figure: Figure, artifact_file: str) -> None:
+        assert run_id == "7"
+        tag, step = artifact_file.removesuffix(".png").rsplit("/", 1)
+        figure.savefig(io.BytesIO())
+        self.figures.append((tag, int(step)))
+
+
+def test_wandb_and_mlflow_get_the_figures_through_their_own_interface() -> None:
+    loggers = WandbLogger(), MLFlowLogger()
+    run(*loggers)
+    for logger in loggers:
+        assert [step for tag, step in logger.figures if tag == "inq/heatmap"] == [1, 5, 8]
+        assert {tag for tag, _ in logger.figures} == set(FIGURES)
+        assert logger.params["inq/bits"] == 5
+
+
+def test_the_real_wandb_and_mlflow_loggers_have_what_is_called() -> None:
+    from pytorch_lightning import loggers
+
+    assert list(loggers.WandbLogger.log_image.__wrapped__.__code__.co_varnames[:4]) == ["self", "key", "images", "step"]  # type: ignore[attr-defined]
+    assert hasattr(loggers.MLFlowLogger, "experiment")
+    assert hasattr(loggers.MLFlowLogger, "run_id")
+
+
+# ---- training is left alone ------------------------------------------------------------------------------------------
+
+
+def test_the_weights_and_the_random_numbers_are_the_same_with_and_without(tmp_path: Path) -> None:
+    modules, states = [], []
+    for callbacks in ([], [INQMonitor()]):
+        seed_everything(3, verbose=False)
+        module = Logging()
+        logger = TensorBoardLogger(tmp_path, name="", version=str(len(callbacks)))
+        trainer(INQCallback(schedule=SHORT), *callbacks, logger=logger, max_epochs=2, limit_val_batches=1.0).fit(module)
+        modules.append(module)
+        states.append(torch.get_rng_state())
+    assert_same_state(*modules)
+    assert torch.equal(*states)
+
+
+def test_the_order_of_the_two_callbacks_makes_no_difference(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    trainer(INQMonitor(), INQCallback(schedule=SHORT), max_epochs=2, logger=logger).fit(Logging())
+    assert [image.step for image in events(tmp_path / "run").Images("inq/heatmap")] == [1, 5, 8]
+
+
+def test_a_schedule_in_steps_is_shown_at_its_steps(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    callback = INQCallback(schedule=Schedule([0.5, 1.0], [2, 6], "step"))
+    trainer(callback, INQMonitor(), logger=logger).fit(Logging())
+    assert [image.step for image in events(tmp_path / "run").Images("inq/heatmap")] == [3, 7, 16]
+
+
+def test_without_an_inqcallback_the_error_says_what_to_add() -> None:
+    with pytest.raises(ValueError, match=r"callbacks=\[INQCallback\(\), INQMonitor\(\)\]"):
+        trainer(INQMonitor()).fit(Logging())
+
+
+# ---- resume ----------------------------------------------------------------------------------------------------------
+
+
+class Interruption(Callback):
+    """Stops in the middle of an epoch."""
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 10:
+            raise RuntimeError("interrupted")
+
+
+def test_a_resumed_run_has_the_history_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole = run(schedule=SCHEDULE)
+    saving = {"enable_checkpointing": True, "default_root_dir": tmp_path}
+    last = ModelCheckpoint(tmp_path, "last", enable_version_counter=False)
+    callbacks = [INQCallback(schedule=SCHEDULE), INQMonitor(), Interruption(), last]
+    with pytest.raises(RuntimeError, match="interrupted"):
+        trainer(*callbacks, limit_val_batches=1.0, **saving).fit(Logging())
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]["INQMonitor"]
+    assert len(json.dumps(state)) < 1000
+    resumed = run(schedule=SCHEDULE, ckpt=tmp_path / "last.ckpt")
+    ours, theirs = resumed.state_dict()["history"], whole.state_dict()["history"]
+    assert [(p["step"], p["fraction"]) for p in ours] == [(p["step"], p["fraction"]) for p in theirs]
+    assert ours[-1]["metrics"].keys() == {"train/loss", "val/loss", "val/acc"}
+    assert ours == theirs
+
+
+def test_a_second_fit_begins_with_an_empty_history() -> None:
+    monitor = INQMonitor()
+    for _ in range(2):
+        trainer(INQCallback(schedule=SCHEDULE), monitor, limit_val_batches=1.0).fit(Logging())
+    assert len(monitor.state_dict()["history"]) == 4
+
+
+# ---- without matplotlib ----------------------------------------------------------------------------------------------
+
+WITHOUT = """
+import sys, warnings
+import torchmetrics  # which imports it where it is installed
+for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+    del sys.modules[name]
+sys.modules["matplotlib"] = None
+sys.path.insert(0, {tests!r})
+from pytorch_lightning.loggers import TensorBoardLogger
+from inq_lightning import INQCallback
+from inq_lightning.monitor import INQMonitor
+from support import SCHEDULE, TinyModule, trainer
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    logger = TensorBoardLogger({folder!r}, name="", version="run")
+    trainer(INQCallback(schedule=SCHEDULE), INQMonitor(), logger=logger).fit(TinyModule())
+print(*[w.message for w in caught if "figures" in str(w.message)], sep="\\n")
+"""
+
+
+def test_without_matplotlib_one_warning_says_so_and_the_rest_is_logged(tmp_path: Path) -> None:
+    code = WITHOUT.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if line]
+    assert len(lines) == 1, result.stdout
+    assert "pip install 'inq-lightning[train]'" in lines[0]
+    tags = events(tmp_path / "run").Tags()
+    assert tags["images"] == []
+    assert len(tags["histograms"]) == 4
+    assert "inq/bytes" in tags["scalars"]

@@ -35,7 +35,8 @@ def fit_grid(weight: Tensor) -> PowerOfTwoGrid | None:
         weight: Floating-point weights of any shape.
 
     Returns:
-        The grid, or None where a weight is neither zero nor a power of two, or where they span too many exponents.
+        The grid, or None where a weight is neither zero nor a power of two, or where they span too many exponents, for
+        8 bits or for a grid that their dtype holds.
     """
     mantissa, exponent = torch.frexp(weight.detach())
     nonzero = weight != 0
@@ -46,10 +47,9 @@ def fit_grid(weight: Tensor) -> PowerOfTwoGrid | None:
     exponents = exponent[nonzero]
     n1, n2 = int(exponents.max()) - 1, int(exponents.min()) - 1
     bits = max(MIN_BITS, 2 + (n1 - n2).bit_length())
-    lowest = exponent_range(weight.dtype)[0]
-    if bits > MAX_BITS or n2 < lowest:
-        return None
-    return PowerOfTwoGrid(max(n1, lowest - 1 + (1 << bits - 2)), bits)  # no level below what the dtype holds
+    lowest, highest = exponent_range(weight.dtype)
+    n1 = max(n1, lowest - 1 + (1 << bits - 2))  # no level below what the dtype holds
+    return PowerOfTwoGrid(n1, bits) if bits <= MAX_BITS and lowest <= n2 and n1 <= highest else None
 
 
 def holds(grid: PowerOfTwoGrid, weight: Tensor) -> bool:

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from inq_lightning import PowerOfTwoGrid
+from inq_lightning.callback import LayerInfo
+from inq_lightning.export.grids import candidate_grids, find_grids, fit_grid, holds
+
+
+def on_grid(*shape: int, bits: int = 5) -> torch.Tensor:
+    weight = torch.randn(shape)
+    return PowerOfTwoGrid.from_weights(weight, bits).quantize(weight)
+
+
+def quantized(net: nn.Module) -> nn.Module:
+    for p in net.parameters():
+        p.data = on_grid(*p.shape)
+    return net
+
+
+@given(
+    st.integers(-14, 15), st.integers(2, 8), st.sampled_from([torch.float16, torch.float32, torch.float64]), st.data()
+)
+def test_the_fitted_grid_holds_the_weights_in_fewest_bits(
+    n1: int, bits: int, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    grid = PowerOfTwoGrid(max(n1, -24 + (1 << bits - 2) - 1), bits)
+    largest = min(grid.magnitudes, 15 + grid.magnitudes - (grid.n1 or 0))
+    codes = data.draw(st.lists(st.integers(-largest, largest), min_size=1, max_size=20))
+    weight = grid.decode(torch.tensor(codes), torch.float64).to(dtype)
+    weight = weight[weight.isfinite()]
+    fitted = fit_grid(weight)
+    exponents = torch.frexp(weight[weight != 0]).exponent
+    span = int(exponents.max() - exponents.min()) + 1 if exponents.numel() else 1
+    if fitted is None:
+        assert dtype is torch.float16  # which holds 40 powers of two, fewer than the 64 magnitudes of 8 bits
+        assert span > 32
+        return
+    assert holds(fitted, weight)
+    fitted.check_dtype(dtype)
+    assert fitted.magnitudes >= span
+    assert fitted.bits == 2 or fitted.magnitudes // 2 < span
+
+
+def test_weights_off_every_grid_have_none() -> None:
+    for values in ([0.75], [1.0, float("inf")], [float("nan")], [2.0**-40, 2.0**40], [2.0**-1060]):
+        assert fit_grid(torch.tensor(values, dtype=torch.float64)) is None
+    assert fit_grid(torch.zeros(3)) == PowerOfTwoGrid(None, 2)
+    assert fit_grid(torch.empty(0)) == PowerOfTwoGrid(None, 2)
+
+
+def test_the_smallest_half_precision_weights_get_a_grid_that_half_precision_holds() -> None:
+    weight = torch.tensor([2.0**-24, 2.0**-20], dtype=torch.float16)
+    grid = fit_grid(weight)
+    assert grid is not None
+    assert torch.equal(grid.decode(grid.encode(weight), torch.float16), weight)
+
+
+def test_a_network_off_the_grid_is_refused_by_the_names_of_its_layers() -> None:
+    net = nn.Sequential(quantized(nn.Linear(4, 4)), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"1\.weight is not on a grid"):
+        find_grids(net)
+    assert list(find_grids(net, allow_partial=True)) == ["0.weight"]
+    assert candidate_grids(net)["1.weight"] is None
+    with pytest.raises(ValueError, match=r"names 7\.weight, which the module lacks"):
+        find_grids(net, [LayerInfo("7.weight", (4, 4), 5, 0, -7, 16, 16)])
+
+
+def test_frozen_parameters_count_and_stay_frozen() -> None:
+    net = quantized(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    net[0].weight.requires_grad_(False)
+    assert list(find_grids(net)) == ["0.weight", "1.weight"]
+    assert not net[0].weight.requires_grad
+    assert net[1].weight.requires_grad
+
+
+def test_a_state_dict_has_the_grids_of_its_network() -> None:
+    net = quantized(nn.ModuleList([nn.LSTM(4, 4), nn.MultiheadAttention(8, 2), nn.Conv2d(2, 3, 3), nn.LayerNorm(4)]))
+    assert candidate_grids(net.state_dict()) == candidate_grids(net) == find_grids(net)
+    embedding = nn.Sequential(nn.Embedding(4, 4), quantized(nn.Linear(4, 4)))
+    assert list(find_grids(embedding)) == ["1.weight"]
+    assert candidate_grids(embedding.state_dict())["0.weight"] is None

@@ -1,0 +1,79 @@
+"""The package in clean environments at both ends of the declared ranges; each has its own torch of several 100 MB."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).parents[1]
+# What the core promises; that of test_packages.py runs in the unified package as well.
+TESTS = ("test_callback.py", "test_schedule.py", "test_config.py", "test_packages.py")
+HELPERS = ("conftest.py", "support.py", "oracle.py")
+TOOLS = ("pytest", "hypothesis", "jsonargparse[signatures]")  # of the tests; their versions are not what is tested
+
+
+def declared() -> list[str]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+
+
+def versions(end: str) -> list[str]:
+    """What to install; torch is the one of constraints.txt at both ends, since not every index has its older builds."""
+    (torch,) = re.findall(r"^torch==\S+", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    others = [r for r in declared() if not r.startswith("torch>")]
+    (lightning,) = (r.replace("pytorch-", "") for r in others if r.startswith("pytorch-lightning"))
+    if end == "lowest":
+        return [torch, *(r.replace(">=", "==") for r in [*others, lightning])]
+    return [torch, *others, lightning]
+
+
+def test_the_lowest_versions_are_those_declared() -> None:
+    lowest, newest = versions("lowest"), versions("newest")
+    for requirement in declared():
+        name, _, version = requirement.partition(">=")
+        assert version, f"{requirement} declares no lowest version"
+        if name != "torch":
+            assert f"{name}=={version}" in lowest
+            assert requirement in newest
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=3600)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["lowest", "newest"])
+def test_the_core_and_the_application_work_at_both_ends_of_the_declared_ranges(end: str, tmp_path: Path) -> None:
+    run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
+    programs = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin")
+    pip = [programs / "python", "-m", "pip", "install", "--quiet"]
+    run(*pip, f"{ROOT}[train]", *versions(end), *TOOLS, cwd=tmp_path)
+    installed = json.loads(run(programs / "python", "-m", "pip", "list", "--format", "json", cwd=tmp_path))
+    print(end, {p["name"]: p["version"] for p in installed})
+
+    # A copy, so that the tests import what is installed.
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    (tmp_path / "tests").mkdir()
+    for name in TESTS + HELPERS:
+        shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
+    print(run(programs / "python", "-m", "pytest", *(f"tests/{name}" for name in TESTS), cwd=tmp_path))
+
+    short = ["pretrain.max_epochs=1", "inq.schedule.portions=[0.5,1.0]", "inq.schedule.epochs_per_phase=1"]
+    run(programs / "inq-train", *short, "inq.bits=4", f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["quantized_fraction"] == 1
+    shutil.rmtree(tmp_path / "venv")
