@@ -22,7 +22,9 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 import inq_lightning.conf
-from inq_lightning.config import TrainConfig
+from inq_lightning.config import TrainConfig, register_training
+
+register_training()
 
 PAGE = Path(__file__).with_suffix(".md")
 CONF = Path(next(iter(inq_lightning.conf.__path__)))

@@ -1,7 +1,7 @@
 """The structured configs behind `conf/`: they give every key its type, so that Hydra refuses a wrong one by name.
 
-Importing this module registers them with Hydra. An application of your own that imports it can compose the groups
-`inq` and `inq/schedule`, with ``pkg://inq_lightning.conf`` on its search path, and build the callback from them with
+Importing this module registers those of the groups `inq` and `inq/schedule` with Hydra, which an application of your
+own can then compose, with ``pkg://inq_lightning.conf`` on its search path, and build the callback from them with
 ``hydra.utils.instantiate(cfg.inq)``.
 """
 
@@ -261,20 +261,26 @@ def build_schedule(
     return Schedule.every(epochs_per_phase, portions)
 
 
-def _register() -> None:
-    store = ConfigStore.instance()
-    store.store("base_train", TrainConfig)
-    for group, name, node in (
-        ("inq", "base", INQConfig),
-        ("inq/schedule", "base", ScheduleConfig),
+def register_training() -> None:
+    """Register the rest of `inq-train`'s configs.
+
+    Not on import, as the Hydra plugin imports this module into other applications: Hydra would validate their own files
+    of the same names, such as ``model/base.yaml``, against these.
+    """
+    _register(
+        ("", "base_train", TrainConfig),
         ("model", "base", ClassifierConfig),
         ("data", "base_digits", DigitsConfig),
         ("data", "base_npz", NpzConfig),
         ("data", "base_torchvision", TorchvisionConfig),
         ("trainer", "base", TrainerConfig),
         ("pretrain", "base", PretrainConfig),
-    ):
-        store.store(name, node, group)
+    )
 
 
-_register()
+def _register(*configs: tuple[str, str, type]) -> None:
+    for group, name, node in configs:
+        ConfigStore.instance().store(name, node, group or None)
+
+
+_register(("inq", "base", INQConfig), ("inq/schedule", "base", ScheduleConfig))

@@ -126,7 +126,7 @@ class INQMonitor(_Callback):
         else:
             self._before |= metrics
         if trainer.state.fn != "fit" and self._history and metrics:
-            self._draw(trainer, "inq/metrics", self._metrics_figure)
+            self._draw(trainer, "inq/metrics", self._metrics_figure, trainer.global_step + 1)  # beside the last of fit
 
     def _record(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         fraction = _inq(trainer).quantized_fraction
@@ -160,7 +160,7 @@ class INQMonitor(_Callback):
         if self._history:
             self._draw(trainer, "inq/metrics", self._metrics_figure)
 
-    def _draw(self, trainer: Trainer, tag: str, figure: Callable[[], Figure]) -> None:
+    def _draw(self, trainer: Trainer, tag: str, figure: Callable[[], Figure], step: int | None = None) -> None:
         """Give a figure to the loggers that take one."""
         loggers = [(logger, draw) for logger in trainer.loggers if (draw := _draws(logger))]
         if not self._drawing or not loggers or not trainer.is_global_zero:
@@ -172,7 +172,7 @@ class INQMonitor(_Callback):
             rank_zero_warn(f"INQMonitor logs no figures: {error}")
             return
         for logger, draw in loggers:
-            draw(logger, tag, drawn, trainer.global_step)
+            draw(logger, tag, drawn, trainer.global_step if step is None else step)
 
     def _group(self, trainer: Trainer) -> None:
         """Write TensorBoard's layout of scalars, once the names of the metrics are known."""

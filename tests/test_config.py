@@ -26,9 +26,12 @@ from inq_lightning.config import (
     TrainConfig,
     TrainerConfig,
     build_schedule,
+    register_training,
 )
 from inq_lightning.data import DigitsDataModule, NpzDataModule, TorchvisionDataModule
 from inq_lightning.schedule import Schedule, default_preset
+
+register_training()
 
 CONF = Path(next(iter(inq_lightning.conf.__path__)))
 GROUPS = ("callbacks", "data", "experiment", "inq", "inq/schedule", "logger", "model", "pretrain", "trainer")

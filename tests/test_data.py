@@ -12,8 +12,8 @@ from omegaconf.errors import MissingMandatoryValue
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-import inq_lightning.config  # noqa: F401  registers the structured configs
 from inq_lightning.classifier import Classifier
+from inq_lightning.config import register_training
 from inq_lightning.data import (
     DigitsDataModule,
     EpochBatchSampler,
@@ -23,6 +23,8 @@ from inq_lightning.data import (
     crop_and_flip,
 )
 from inq_lightning.models import SmallCNN
+
+register_training()
 
 CONF = Path(__file__).parents[1] / "conf"
 

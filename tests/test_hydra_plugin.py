@@ -64,7 +64,7 @@ def test_schedules_are_chosen_and_changed_in_a_template() -> None:
 
 
 def test_a_wrong_type_is_refused_by_its_key() -> None:
-    with pytest.raises(ConfigCompositionException, match="inq.bits"):
+    with pytest.raises(ConfigCompositionException, match=r"inq\.bits"):
         composed("inq.bits=many")
 
 

@@ -84,6 +84,7 @@ def test_every_phase_and_the_end_have_a_figure_of_each_kind(shown: EventAccumula
     assert sorted(shown.Tags()["images"]) == FIGURES
     assert [image.step for image in shown.Images("inq/exponents")] == [1, 5, 9, 13, 16]
     assert [image.step for image in shown.Images("inq/heatmap")] == [1, 5, 9, 13, 16]
+    assert [image.step for image in shown.Images("inq/metrics")] == [1, 5, 9, 13, 16, 17]  # the last with the test's
     for tag in FIGURES:
         for image in shown.Images(tag):
             pixels = imread(io.BytesIO(image.encoded_image_string))

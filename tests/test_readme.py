@@ -11,8 +11,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from support import TinyModule
 
-from inq_lightning.config import INQConfig, ScheduleConfig  # registers the configs with Hydra
+from inq_lightning.config import INQConfig, ScheduleConfig, register_training
 from inq_lightning.schedule import PRESETS
+
+register_training()
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

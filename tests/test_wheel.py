@@ -5,10 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import inq_lightning
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,36 +28,56 @@ def execute(cwd: Path, *command: str, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Wheels of the checkout: built from it, and from the source distribution built from it."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of the checkout: a wheel built from it, a source distribution, and a wheel built from that."""
     folder = tmp_path_factory.mktemp("wheels")
     source = folder / "source"
     shutil.copytree(ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(".*", "outputs", "multirun"))
-    built = {}
     for name, options in (("checkout", ["--wheel"]), ("sdist", [])):
-        out = folder / name
-        execute(folder, "-m", "build", *options, "--no-isolation", "--outdir", str(out), str(source))
-        (built[name],) = out.glob("*.whl")
-    return built
+        execute(folder, "-m", "build", *options, "--no-isolation", "--outdir", str(folder / name), str(source))
+    found = {"checkout": "checkout/*.whl", "sdist": "sdist/*.whl", "archive": "sdist/*.tar.gz"}
+    return {name: next(folder.glob(pattern)) for name, pattern in found.items()}
+
+
+def files(*suffixes: str) -> set[str]:
+    """What of the packages, and of the plugin that Hydra looks for, has to be in every distribution."""
+    folders = [ROOT / "inq_lightning", ROOT / "hydra_plugins"]
+    return {p.relative_to(ROOT).as_posix() for folder in folders for s in suffixes for p in folder.rglob(s)}
 
 
 @pytest.mark.parametrize("origin", ["checkout", "sdist"])
-def test_the_wheel_holds_the_package_its_configs_and_its_type_marker(wheels: dict[str, Path], origin: str) -> None:
-    with zipfile.ZipFile(wheels[origin]) as archive:
+def test_the_wheel_holds_the_package_its_configs_its_type_marker_and_the_hydra_plugin(
+    built: dict[str, Path], origin: str
+) -> None:
+    with zipfile.ZipFile(built[origin]) as archive:
         names = archive.namelist()
-    expected = {
-        path.relative_to(ROOT).as_posix()
-        for package in ("inq_lightning", "hydra_plugins")
-        for pattern in ("*.py", "*.yaml", "py.typed")
-        for path in (ROOT / package).rglob(pattern)
-    }
-    assert {"inq_lightning/conf/train.yaml", "inq_lightning/py.typed"} <= expected
-    assert "hydra_plugins/inq_lightning/conf/callbacks/inq.yaml" in expected
+    expected = files("*.py", "*.yaml", "py.typed")
+    assert {
+        "inq_lightning/conf/train.yaml",
+        "inq_lightning/py.typed",
+        "hydra_plugins/inq_lightning/__init__.py",
+        "hydra_plugins/inq_lightning/conf/callbacks/inq.yaml",
+    } <= expected
+    assert "hydra_plugins/__init__.py" not in expected  # other packages share the folder
     assert sorted(name for name in names if ".dist-info/" not in name) == sorted(expected)
 
 
-def test_the_wheel_installs_the_console_scripts(wheels: dict[str, Path]) -> None:
-    with zipfile.ZipFile(wheels["checkout"]) as archive:
+def test_the_source_distribution_holds_the_same_and_what_belongs_to_a_release(built: dict[str, Path]) -> None:
+    with tarfile.open(built["archive"]) as archive:
+        names = {member.name.partition("/")[2] for member in archive.getmembers()}
+    assert files("*.py", "*.yaml", "py.typed") <= names
+    assert {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE", "pyproject.toml"} <= names
+
+
+def test_one_version_everywhere(built: dict[str, Path]) -> None:
+    version = inq_lightning.__version__
+    assert all(path.name.startswith(f"inq_lightning-{version}") for path in built.values())
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version} " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_wheel_installs_the_console_scripts(built: dict[str, Path]) -> None:
+    with zipfile.ZipFile(built["checkout"]) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
         scripts = configparser.ConfigParser()
         scripts.read_string(archive.read(name).decode())
@@ -62,16 +85,29 @@ def test_the_wheel_installs_the_console_scripts(wheels: dict[str, Path]) -> None
     assert dict(scripts["console_scripts"]) == {f"inq-{name}": f"inq_lightning.cli.{name}:main" for name in names}
 
 
-def test_the_installed_application_finds_its_configs(wheels: dict[str, Path], tmp_path: Path) -> None:
+COMPOSE = """
+import sys
+from hydra import compose, initialize_config_dir, initialize_config_module
+with initialize_config_dir({configs!r}, version_base="1.3"):
+    print(compose("train", ["callbacks=[default,inq]", "inq.bits=4", "inq/schedule=2bit"]).callbacks.inq)
+import inq_lightning.config
+inq_lightning.config.register_training()
+with initialize_config_module("inq_lightning.conf", version_base="1.3"):
+    print(compose("train", ["inq/schedule=2bit", "inq.bits=2"]))
+print(inq_lightning.__file__, sys.modules["hydra_plugins.inq_lightning"].__file__)
+"""
+
+
+def test_what_is_installed_finds_its_configs_outside_the_source_tree(built: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("pip")
     target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
-    elsewhere.mkdir()
     pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
-    execute(tmp_path, *pip, str(wheels["sdist"]))
-    find = "from importlib.util import find_spec; print(find_spec('inq_lightning').origin)"
-    where = execute(elsewhere, "-c", find, PYTHONPATH=str(target))
-    assert Path(where.strip()).is_relative_to(target)
-    command = ["-m", "inq_lightning.cli.train", "--cfg", "job", "inq/schedule=2bit", "inq.bits=2"]
-    config = execute(elsewhere, *command, PYTHONPATH=str(target))
-    assert "preset: 2bit" in config
-    assert "_target_: inq_lightning.classifier.Classifier" in config
+    execute(tmp_path, *pip, str(built["sdist"]))
+    shutil.copytree(ROOT / "examples" / "template_app" / "configs", elsewhere / "configs")
+    code = COMPOSE.format(configs=str(elsewhere / "configs"))
+    callback, application, places = execute(elsewhere, "-c", code, PYTHONPATH=str(target)).splitlines()
+    assert all(Path(place).is_relative_to(target) for place in places.split())
+    assert "'bits': 4" in callback
+    assert "'preset': '2bit'" in callback
+    assert "'_target_': 'inq_lightning.classifier.Classifier'" in application
+    assert "'preset': '2bit'" in application

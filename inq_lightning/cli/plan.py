@@ -20,7 +20,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from pytorch_lightning import LightningModule, Trainer
 
-import inq_lightning.config  # noqa: F401  registers the structured configs
 from inq_lightning import run
 from inq_lightning.callback import INQCallback
 from inq_lightning.cli.train import choose_output, load_checkpoint, load_weights, plan_epochs

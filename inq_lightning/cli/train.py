@@ -23,12 +23,14 @@ from omegaconf import DictConfig
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import LearningRateMonitor, ProgressBar
 
-import inq_lightning.config  # noqa: F401  registers the structured configs
 from inq_lightning.callback import INQCallback
+from inq_lightning.config import register_training
 from inq_lightning.export.artifact import save_packed
 from inq_lightning.models import import_extra
 from inq_lightning.monitor import INQMonitor
 from inq_lightning.schedule import Schedule
+
+register_training()
 
 EPOCHS_PER_PHASE = 4  # where neither the schedule nor trainer.max_epochs says
 

@@ -32,7 +32,7 @@ DEQUANTIZED = {2: ("INT2", 0), 3: ("INT4", 1), 5: ("FLOAT8E4M3FN", 8), 6: ("FLOA
 _LOOKED_UP = {4: "UINT4", 8: "UINT8"}
 
 # Bits → those of the integers that MatMulNBits multiplies, and its fastest block of them.
-_PLANES = {2: (2, 128), 3: (4, 128), 4: (8, 128), 5: (4, 128)}
+_PLANES = {2: (2, 128), 3: (4, 256), 4: (8, 128), 5: (4, 256)}
 _INT8_ACTIVATIONS = 4  # its accuracy_level
 
 # DequantizeLinear is folded only where it is not kept for quantized operators; those would round activations, too.
