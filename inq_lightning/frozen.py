@@ -138,7 +138,7 @@ class FrozenWeight:
             raise ValueError(f"{self.name}: the portion to freeze must lie between 0 and 1, got {portion}")
         weight = sharded.local(self.parameter)
         grid = self._fit(weight)
-        count = self._kept + round(portion * (self.numel - self._kept)) - self.frozen
+        count = frozen_count(portion, self.numel, self._kept) - self.frozen
         if count <= 0:
             return Rounding(0.0, 0.0)
         order = scores(self.parameter, partition, self.name, seed)
@@ -273,6 +273,11 @@ class FrozenWeight:
         grids = grid.lower(weight.dtype)
         errors = torch.tensor([g.squared_error(weight) for g in grids], dtype=torch.float64, device=weight.device)
         return grids[int(sharded.sum_over_shards(errors, self.parameter).argmin())]
+
+
+def frozen_count(portion: float, numel: int, kept: int = 0) -> int:
+    """How many of ``numel`` weights a portion freezes, with ``kept`` zeros that it does not count."""
+    return kept + round(portion * (numel - kept))
 
 
 def pack_mask(mask: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from inq_lightning.frozen import frozen_count
 from inq_lightning.metrics import BitsPerWeight
 from inq_lightning.models import import_extra
 from inq_lightning.schedule import Schedule, Unit
@@ -173,7 +174,7 @@ def _planned(selected: Selected, schedule: Schedule, keep_zeros: bool) -> Planne
     if keep_zeros:
         pruned = weight if selected.pruning_mask is None else weight * selected.pruning_mask
         kept = int((pruned == 0).count_nonzero())
-    counts = tuple(kept + round(portion * (numel - kept)) for portion in schedule.portions)  # as FrozenWeight.freeze
+    counts = tuple(frozen_count(portion, numel, kept) for portion in schedule.portions)
     return PlannedLayer(selected.name, tuple(weight.shape), selected.bits, numel, kept, counts)
 
 

@@ -105,3 +105,14 @@ def test_an_applications_own_files_go_before_ours(group: str, tmp_path: Path) ->
         f"    print(compose(overrides=['+{group}={name}']))"
     )
     assert f"{{'{group}': {{'mine': 1}}}}" in run("-c", code, cwd=tmp_path)
+
+
+def test_the_package_registers_nothing_that_another_application_may_call_its_own() -> None:
+    registered = (
+        "from hydra.core.config_store import ConfigStore; import inq_lightning.config; "
+        "store = ConfigStore.instance(); print(store.list(''), store.list('inq'), store.list('inq/schedule'))"
+    )
+    listed = run("-c", registered, cwd=ROOT)
+    assert "'inq'" in listed
+    assert "base.yaml" in listed
+    assert not [name for name in ("model", "data", "trainer", "pretrain", "base_train") if name in listed]
