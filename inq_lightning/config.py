@@ -12,13 +12,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig
 
 from inq_lightning.grid import MAX_BITS, MIN_BITS
 from inq_lightning.schedule import PRESETS, Schedule, Unit, default_preset
 
 # Allowed values, for docs/configuration.md, where the type of what a key configures does not tell them.
 _BITS = {"allowed": f"{MIN_BITS} to {MAX_BITS}"}
+
+
+def _bits_by_pattern() -> Any:
+    """No bits for any pattern yet; patterns can be set without the ``+`` that a plain dict would ask for."""
+    return DictConfig({}, key_type=str, element_type=int, flags={"struct": False})
 
 
 @dataclass
@@ -47,7 +52,7 @@ class INQConfig:
     exponent: str = "max"
     include: list[str] | None = None
     exclude: list[str] = field(default_factory=list)
-    layer_bits: dict[str, int] = field(default_factory=dict)
+    layer_bits: dict[str, int] = field(default_factory=_bits_by_pattern)
     embeddings: bool = False
     keep_zeros: bool = False
     restart_lr: bool = True

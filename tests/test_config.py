@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir, initialize_config_module
+from hydra.errors import ConfigCompositionException
 from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
@@ -183,9 +184,13 @@ def test_starts_and_unit_reach_the_schedule() -> None:
 
 
 def test_layers_are_chosen_from_the_command_line() -> None:
-    overrides = ["inq.include=['net.*']", "inq.exclude=['*.linear']", "+inq.layer_bits={net.conv1:8}"]
+    overrides = ["inq.include=['net.*']", "inq.exclude=['*.linear']", "inq.layer_bits={net.conv1:8,*.fc:3}"]
     callback = instantiate(configure(*overrides).inq)
-    assert (callback.include, callback.exclude, callback.layer_bits) == (["net.*"], ["*.linear"], {"net.conv1": 8})
+    assert (callback.include, callback.exclude) == (["net.*"], ["*.linear"])
+    assert callback.layer_bits == {"net.conv1": 8, "*.fc": 3}
+    assert instantiate(configure("+inq.layer_bits={conv:8}").inq).layer_bits == {"conv": 8}  # as Hydra asks of others
+    with pytest.raises(ConfigCompositionException, match=r"inq\.layer_bits"):
+        configure("inq.layer_bits={net.conv1:many}")
 
 
 def test_another_application_can_use_the_groups(tmp_path: Path) -> None:
@@ -217,7 +222,7 @@ def fields(config: type) -> dict[str, Any]:
 
 
 def _default(value: Any) -> Any:
-    return None if isinstance(value, (tuple, list, dict)) and not value else value
+    return None if isinstance(value, (tuple, list, dict, DictConfig)) and not value else value
 
 
 @pytest.mark.parametrize(
