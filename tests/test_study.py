@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from safetensors.torch import save_file
 
 from benchmarks.accuracy import results, study
 from inq_lightning.classifier import Classifier
@@ -49,9 +49,9 @@ def test_a_cell_runs_from_its_baseline_and_is_skipped_once_it_has_its_result(tmp
     images = {f"x_{part}": generator.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8) for part in ("train", "test")}
     labels = {f"y_{part}": np.arange(40) % 10 for part in ("train", "test")}
     np.savez(tmp_path / "images.npz", **images, **labels)
-    trained = tmp_path / "baseline" / "0" / "weights.pt"
+    trained = tmp_path / "baseline" / "0" / "weights.safetensors"
     trained.parent.mkdir(parents=True)
-    torch.save(Classifier(ResNetCIFAR(8), 10).state_dict(), trained)
+    save_file(Classifier(ResNetCIFAR(8), 10).state_dict(), trained)
     command = [
         *(sys.executable, "-m", "benchmarks.accuracy.study", "cell=5bit_pruned", f"folder={tmp_path}"),
         *(f"data.path={tmp_path}/images.npz", "data.image_size=8", "model.net.depth=8", "trainer.precision=32-true"),

@@ -1,7 +1,8 @@
 """The results page, docs/results.md and its figures, from the study's results.
 
-``python -m benchmarks.accuracy.results RUNS`` gathers the result files under RUNS into results.json beside this file,
-then writes the page; without RUNS, from the results.json that is there.
+``python -m benchmarks.accuracy.results RUNS`` adds the result files under RUNS to results.json beside this file, in the
+place of earlier ones of the same cell and seed, then writes the page; without RUNS, from the results.json that is
+there.
 """
 
 from __future__ import annotations
@@ -80,6 +81,17 @@ def gather(runs: Path) -> Results:
         if (HERE / "conf" / "cell" / f"{result['name']}.yaml").exists():
             results.setdefault(result["name"], {})[result["seed"]] = result
     return results
+
+
+def read(path: Path) -> Results:
+    """What :func:`gather` has found earlier, of the cells that there still are."""
+    if not path.exists():
+        return {}
+    return {
+        cell: {int(seed): result for seed, result in by_seed.items()}
+        for cell, by_seed in json.loads(path.read_text()).items()
+        if (HERE / "conf" / "cell" / f"{cell}.yaml").exists()
+    }
 
 
 def accuracy(result: dict[str, Any]) -> float:
@@ -206,9 +218,11 @@ def main() -> None:
     parser.add_argument("runs", nargs="?", type=Path, help="the study's folder")
     runs = parser.parse_args().runs
     kept = HERE / "results.json"
+    results = read(kept)
     if runs is not None:
-        kept.write_text(json.dumps(gather(runs), separators=(",", ":")) + "\n")
-    results: Results = {cell: {int(s): r for s, r in by.items()} for cell, by in json.loads(kept.read_text()).items()}
+        for cell, by_seed in gather(runs).items():
+            results.setdefault(cell, {}).update(by_seed)
+        kept.write_text(json.dumps(results, separators=(",", ":")) + "\n")
     (DOCS / "results.md").write_text(page(results))
     drawn = [cell for cell in ("5bit", "2bit") if cell in results]
     if drawn:

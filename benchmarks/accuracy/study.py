@@ -1,9 +1,9 @@
 """Accuracy of quantized networks against their full-precision baselines: one cell of the study, or a sweep of cells.
 
-A Hydra application over `conf/study.yaml`, which holds all of `inq-train`'s keys. First the baselines, then the cells,
-each a file of `conf/cell`::
+A Hydra application over `conf/study.yaml`, which holds all of `inq-train`'s keys. Each cell is a file of `conf/cell`
+and starts from the baseline of its seed, the one in the study's folder or else the one in `baselines/`::
 
-    python -m benchmarks.accuracy.study -m method=baseline seed=0,1 folder=runs data.path=cifar10.npz
+    python -m benchmarks.accuracy.study -m cell=baseline seed=0,1 folder=runs data.path=cifar10.npz
     python -m benchmarks.accuracy.study -m 'cell=glob(*)' seed=0 folder=runs data.path=cifar10.npz
 
 A cell that has its result is skipped, and an interrupted one goes on from its last epoch. What is tried before it is
@@ -27,6 +27,7 @@ from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import ModelCheckpoint
+from safetensors.torch import load_file, save_file
 
 from inq_lightning import INQCallback, PowerOfTwoGrid, Schedule
 from inq_lightning.classifier import Classifier
@@ -48,6 +49,8 @@ class StudyConfig(TrainConfig):
 
 
 ConfigStore.instance().store("base_study", StudyConfig)
+
+BASELINES = Path(__file__).parent / "baselines"  # trained ones, a file for each seed
 
 
 class History(Callback):
@@ -125,20 +128,25 @@ def one_shot(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             weight = selected.parameter
             grid = PowerOfTwoGrid.from_weights(weight, selected.bits, callback.underflow, callback.exponent)
             weight.copy_(grid.quantize(weight))
-    return {"metrics": evaluate(build_trainer(cfg, cfg.trainer, []), module, data), "epochs": []}
+    return {"metrics": evaluate(cfg, module, data), "epochs": []}
 
 
 METHODS = {"baseline": baseline, "inq": inq, "fine_tune": fine_tune, "one_shot": one_shot}
 
 
 def start(cfg: DictConfig, callback: INQCallback) -> tuple[LightningModule, LightningDataModule]:
-    """The baseline of the same seed, its data, and the length of the run settled."""
+    """The baseline of the same seed, its data, and the length of the run settled.
+
+    Raises:
+        FileNotFoundError: There is neither a baseline in the study's folder nor one that comes with the project.
+    """
     plan_epochs(cfg, callback.schedule)
-    trained = Path(cfg.folder) / "baseline" / str(cfg.seed) / "weights.pt"
+    own = Path(cfg.folder) / "baseline" / str(cfg.seed) / "weights.safetensors"
+    trained = own if own.is_file() else BASELINES / f"{cfg.seed}.safetensors"
     if not trained.is_file():
-        raise FileNotFoundError(f"there is no {trained}: train it first, with method=baseline seed={cfg.seed}")
+        raise FileNotFoundError(f"there is no {own}: train it first, with cell=baseline seed={cfg.seed}")
     module: Classifier = instantiate(cfg.model, _convert_="all")
-    module.load_state_dict(torch.load(trained, weights_only=True))
+    module.load_state_dict(load_file(trained))
     module.learn_from(module.net)
     return module, instantiate(cfg.data)
 
@@ -152,12 +160,14 @@ def fit(
     trainer = build_trainer(cfg, cfg.trainer, [*callbacks, history, last])
     interrupted = folder / "last.ckpt"
     trainer.fit(module, data, ckpt_path=interrupted if interrupted.exists() else None)
-    torch.save(module.state_dict(), folder / "weights.pt")
-    return {"metrics": evaluate(trainer, module, data), "epochs": history.epochs}
+    weights = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+    save_file(weights, folder / "weights.safetensors")
+    return {"metrics": evaluate(cfg, module, data), "epochs": history.epochs}
 
 
-def evaluate(trainer: Trainer, module: LightningModule, data: LightningDataModule) -> dict[str, float]:
-    """Validation and test metrics."""
+def evaluate(cfg: DictConfig, module: LightningModule, data: LightningDataModule) -> dict[str, float]:
+    """Validation and test metrics in float32, whatever the network was trained in."""
+    trainer = build_trainer(cfg, OmegaConf.merge(cfg.trainer, {"precision": "32-true"}), [])
     return {**trainer.validate(module, data, verbose=False)[0], **trainer.test(module, data, verbose=False)[0]}
 
 
