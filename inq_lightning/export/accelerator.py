@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from inq_lightning.export.artifact import plain_tensors, untie
-from inq_lightning.export.grids import LayerGrid, find_grids
+from inq_lightning.export.grids import LayerGrid, encode, find_grids
 from inq_lightning.grid import PowerOfTwoGrid
 from inq_lightning.models import import_extra
 
@@ -284,7 +284,7 @@ def _elements(weight: Tensor, grid: PowerOfTwoGrid, target: Format) -> Tensor:
         negative = [1 << width - 1 | p for p in powers]
     # Indexed by the code itself: a negative code counts from the end.
     table = torch.tensor([0, *powers, *reversed(negative)], dtype=torch.uint8, device=weight.device)
-    return table[grid.encode(weight.detach().contiguous()).int()]
+    return table[encode(grid, weight).int()]
 
 
 def _pack(elements: Tensor, width: int) -> Tensor:

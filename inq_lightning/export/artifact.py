@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import inq_lightning
 from inq_lightning.export.codec import pack, pack_entropy, packed_size, unpack, unpack_entropy
-from inq_lightning.export.grids import LayerGrid, candidate_grids, check_complete
+from inq_lightning.export.grids import LayerGrid, candidate_grids, check_complete, encode
 from inq_lightning.grid import MAX_BITS, MIN_BITS, PowerOfTwoGrid
 from inq_lightning.schedule import Schedule
 
@@ -53,7 +53,7 @@ _DTYPES = {
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES.values()}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _Header = dict[str, tuple[str, tuple[int, ...]]]  # dtype and shape of every stored tensor
-_CHUNK = 1 << 20  # weights at a time
+_CHUNK = 1 << 16  # weights at a time: intermediate results stay in the cache
 _MAX_HEADER = 1 << 24  # bytes
 # Entropy-coded weights that are all alike take no bytes: a tiny file could ask for any amount of memory.
 _ALWAYS_ALLOWED, _MAX_EXPANSION = 1 << 30, 1024
@@ -190,7 +190,7 @@ def _save(
     for name, value in own.items():
         grid = grids.get(name)
         if grid is not None:
-            codes = torch.cat([grid.encode(chunk) for chunk in torch.split(value.reshape(-1), _CHUNK)])
+            codes = encode(grid, value)
             tensors[f"codes/{name}"] = (pack_entropy if entropy_coded else pack)(codes, grid.bits).cpu()
             tensors[f"n1/{name}"] = torch.tensor([] if grid.n1 is None else [grid.n1], dtype=torch.int32)
             layers[name] = {"bits": grid.bits, "shape": list(value.shape), "dtype": _name(value.dtype)}

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from inq_lightning.grid import MAX_BITS, MIN_BITS, PowerOfTwoGrid, exponent_range
 from inq_lightning.selection import select_parameters
 
+_PART = 1 << 16  # weights at a time: intermediate results stay in the cache
+
 
 class LayerGrid(Protocol):
     """What is read of a record of `INQCallback.layers`."""
@@ -54,8 +56,20 @@ def fit_grid(weight: Tensor) -> PowerOfTwoGrid | None:
 
 def holds(grid: PowerOfTwoGrid, weight: Tensor) -> bool:
     """Whether every weight is a level of the grid."""
-    weight = weight.detach()
-    return bool(torch.isfinite(weight).all()) and torch.equal(grid.round(weight), weight)
+    return all(bool(torch.isfinite(part).all()) and torch.equal(grid.round(part), part) for part in _parts(weight))
+
+
+def encode(grid: PowerOfTwoGrid, weight: Tensor) -> Tensor:
+    """Contiguous codes of a large weight, as `PowerOfTwoGrid.encode` returns them, in little memory."""
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for target, part in zip(_parts(codes), _parts(weight), strict=True):
+        target.copy_(grid.encode(part))
+    return codes
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """A tensor's elements in the order of their indices, by the cacheful."""
+    return torch.split(tensor.detach().reshape(-1), _PART)
 
 
 def find_grids(

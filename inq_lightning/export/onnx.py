@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from inq_lightning.export.grids import LayerGrid, find_grids
+from inq_lightning.export.grids import LayerGrid, encode, find_grids
 from inq_lightning.grid import PowerOfTwoGrid
 from inq_lightning.models import import_extra
 
@@ -253,7 +253,7 @@ def _hide_weights(graph: Any, model: nn.Module, grids: Mapping[str, PowerOfTwoGr
             value = graph.initializers.pop(name)
             value.const_value = None
             graph.inputs.append(value)
-            weights[name] = _Weight(grid.encode(parameters[name]).numpy(force=True), grid)
+            weights[name] = _Weight(encode(grid, parameters[name]).numpy(force=True), grid)
     return weights
 
 
@@ -271,18 +271,39 @@ def _insert_weights(model: Any, weights: dict[str, _Weight], speed: bool) -> Non
             _decode(graph, value, weights[value.name])
     passes = import_extra("onnx_ir.passes.common", "export")
     passes.RemoveUnusedNodesPass()(model)
-    # Stack traces of the user's code, and shapes that every reader infers: a tenth of a small file.
+    # Stack traces of the user's code, what every reader infers, names that none needs: a tenth of a small file.
     passes.ClearMetadataAndDocStringPass()(model)
-    for value in (value for node in graph for value in node.outputs if not value.is_graph_output()):
-        value.metadata_props.clear()
+    inner = [value for node in graph for value in node.outputs if not value.is_graph_output()]
+    inner += graph.initializers.values()
+    for value in inner:
         value.shape = value.type = None
+    for value in [*inner, *graph.inputs, *graph.outputs]:
+        value.metadata_props.clear()
+    for node in graph:
+        node.name = None
+        _drop_defaults(node)
     model.ir_version = IR_VERSION
     if any(weight.grid.bits == 2 for weight in weights.values()):
         model.ir_version = IR_VERSION_INT2
         graph.opset_imports[""] = OPSET_INT2
     model.metadata_props[METADATA_KEY] = json.dumps(
-        {name: {"bits": weight.grid.bits, "n1": weight.grid.n1} for name, weight in weights.items()}
+        {name: {"bits": weight.grid.bits, "n1": weight.grid.n1} for name, weight in weights.items()},
+        separators=(",", ":"),
     )
+
+
+def _drop_defaults(node: Any) -> None:
+    """Remove attributes that say what their absence says."""
+    ir, onnx = (import_extra(module, "export") for module in ("onnx_ir", "onnx"))
+    if node.domain != "":
+        return
+    schema = onnx.defs.get_schema(node.op_type, OPSET).attributes
+    for name, attribute in list(node.attributes.items()):
+        default = schema[name].default_value
+        # Those of strides and dilations are in the text of the standard only.
+        ones = name in ("strides", "dilations") and set(attribute.value) == {1}
+        if ones or (default.name and ir.from_proto(default).value == attribute.value):
+            del node.attributes[name]
 
 
 def _initializer(graph: Any, name: str, array: Array, dtype: str | None = None) -> Any:
