@@ -23,16 +23,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # TensorBoard shows the first hyper-parameters of the table only, and those first that are marked to differ.
-_FIRST = ("inq/bits", "inq/exponent", "inq/partition", "inq/portions")
+_FIRST = ("inq/bits", "inq/exponent", "inq/partition", "inq/portions", "lr", "learning_rate")
 
 
 class INQMonitor(_Callback):
     """Shows loggers how the quantization goes; put it beside an :class:`~inq_lightning.INQCallback`.
 
-    At the beginning of each phase and at the end, each logger gets what it can take:
+    At the beginning of each phase, and at the end as far as something has changed, each logger gets what it can take:
 
     - figures (TensorBoard, W&B, MLflow): weights over exponents by layer, frozen and free apart; a heat map of layers
-      and exponents; metrics against the quantized fraction. They need matplotlib.
+      and exponents; metrics against the quantized fraction. They need matplotlib. TensorBoard shows ten images of each
+      kind, the 2-bit presets' ten phases; for more, start it with ``--samples_per_plugin images=100``.
     - histograms (TensorBoard): the exponents of each layer's weights, frozen and free apart; zeros have none.
     - a layout (TensorBoard's custom scalars) that groups INQ's scalars, and metrics by quantity.
     - hyper-parameters: INQCallback's arguments, as ``inq/bits`` and so on, beside the module's own. TensorBoard's
@@ -52,6 +53,7 @@ class INQMonitor(_Callback):
         self._history: list[dict[str, Any]] = []  # step, fraction, metrics
         self._before: dict[str, float] = {}  # metrics of evaluations before fit
         self._shown = 0  # the phase that figures show
+        self._final = False  # whether they show weights that will not move any more
         self._grouped = False  # whether the layout is written
         self._drawing = True  # until matplotlib turns out to be missing
 
@@ -65,7 +67,7 @@ class INQMonitor(_Callback):
                 logger._default_hp_metric = False
         if stage == "fit":
             self._history, self._before = [_point(0, 0.0, self._before)] if self._before else [], {}
-            self._shown, self._grouped, self._drawing = 0, False, True
+            self._shown, self._final, self._grouped, self._drawing = 0, False, False, True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add INQCallback's arguments to the hyper-parameters."""
@@ -147,6 +149,15 @@ class INQMonitor(_Callback):
         if not any(_draws(logger) for logger in trainer.loggers):
             return
         inq = _inq(trainer)
+        final = inq.quantized_fraction == 1
+        if not (final and self._final):
+            self._show_weights(trainer, pl_module, inq)
+        self._final = final
+        if self._history:
+            self._draw(trainer, "inq/metrics", self._metrics_figure)
+
+    def _show_weights(self, trainer: Trainer, pl_module: LightningModule, inq: INQCallback) -> None:
+        """Where they lie on the exponent axis; a collective call for sharded parameters."""
         layers = _exponents(pl_module, inq)
         if not layers or not trainer.is_global_zero:
             return
@@ -157,8 +168,6 @@ class INQMonitor(_Callback):
                 _add_histogram(logger, f"inq_exponents/{name}/free", layer.free, trainer.global_step)
         self._draw(trainer, "inq/exponents", lambda: plots.exponent_histogram(layers, title))
         self._draw(trainer, "inq/heatmap", lambda: plots.exponent_heatmap(layers, title))
-        if self._history:
-            self._draw(trainer, "inq/metrics", self._metrics_figure)
 
     def _draw(self, trainer: Trainer, tag: str, figure: Callable[[], Figure], step: int | None = None) -> None:
         """Give a figure to the loggers that take one."""

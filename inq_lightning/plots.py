@@ -27,7 +27,7 @@ _BLUE, _ORANGE, _GREEN = "#0072B2", "#E69F00", "#009E73"
 _SERIES = {"train": (_ORANGE, "s", "-"), "val": (_BLUE, "o", "-"), "test": (_GREEN, "^", ":")}  # marker, line
 _GREY = "#EEEEEE"
 _EXPONENT_AXIS = "exponent k of the nearest ±2$^k$ (0: weights that are zero)"
-_SHARE_AXIS = "share of the layer's weights (%)"
+_SHARE_AXIS = "weights (%)"
 _TAIL = 0.01  # share of a layer's weights that may be gathered in the lowest column
 _MOST_PANELS = 12
 
