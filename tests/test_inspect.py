@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from inq_lightning import INQCallback, PowerOfTwoGrid, Schedule, select_parameters
 from inq_lightning.cli.inspect import main
 from inq_lightning.export.artifact import save_packed
-from inq_lightning.inspection import Inspection, inspect_file, inspect_layer
+from inq_lightning.inspected import Inspection, inspect_layer
+from inq_lightning.inspection import inspect_file
 
 LAYERS = ("net.0.weight", "net.3.weight")
 
