@@ -1,7 +1,9 @@
-"""ONNX files against the float32 one in ONNX Runtime: ``python -m benchmarks.onnx_runtime [--json PATH]``.
+"""ONNX files against float32 in ONNX Runtime and in torch: ``python -m benchmarks.onnx_runtime [--json PATH]``.
 
-Size, latency at batch 1 and 64 (one thread, medians of interleaved runs, as multiples of float32's speed), and, each in
-a new process (Linux), load time and peak memory. ResNet-20 and a multilayer perceptron, rounded to grids at random.
+Size, latency at batch 1 and 64 (one thread; networks alternate in bursts, medians), and, each in a new process (Linux),
+load time and peak memory; weights are random, rounded to grids. ``--trained NAME CHECKPOINT`` compares the predictions
+of a trained network's files on the whole test set instead. Rows of other networks stay in the JSON;
+docs/benchmarks.md is made of it.
 """
 
 from __future__ import annotations
@@ -9,93 +11,131 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import onnx
 import onnxruntime as ort
 import torch
+from pytorch_lightning import LightningDataModule
 from torch import Tensor, nn
 
+from benchmarks.sizes import export_float32, fresh_process, status
+from inq_lightning.data import DigitsDataModule, NpzDataModule
+from inq_lightning.export.checkpoint import read_checkpoint
 from inq_lightning.export.onnx import export_onnx, session_options
 from inq_lightning.grid import PowerOfTwoGrid
-from inq_lightning.models import ResNetCIFAR
+from inq_lightning.models import ResNetCIFAR, SmallCNN
 from inq_lightning.selection import select_parameters
 
-warnings.filterwarnings("ignore")
-
+RESULTS = Path(__file__).with_suffix(".json")
+BITS = (2, 3, 4, 5)
 MODES = ("exact", "low-memory", "fast")
+Rows = list[dict[str, Any]]
+
+
+def perceptron() -> nn.Module:
+    hidden = [layer for _ in range(2) for layer in (nn.Linear(2048, 2048), nn.ReLU())]
+    return nn.Sequential(nn.Linear(1024, 2048), nn.ReLU(), *hidden, nn.Linear(2048, 10))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "Linear 4096×4096": (lambda: nn.Linear(4096, 4096), (4096,)),
+    "MLP 1024-2048-2048-2048-10": (perceptron, (1024,)),
+    "ResNet-20, 32×32": (lambda: ResNetCIFAR(20), (3, 32, 32)),
+}
+CONVOLUTIONAL = ("ResNet-20, 32×32",)  # nothing that speed=True would change
+TRAINED: dict[str, tuple[Callable[[], nn.Module], Callable[[str], LightningDataModule]]] = {
+    "SmallCNN, digits": (SmallCNN, lambda _: DigitsDataModule()),
+    "ResNet-20, CIFAR-10": (lambda: ResNetCIFAR(20), lambda path: NpzDataModule(path)),
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="also write the rows there")
-    parser.add_argument("--load", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.load:
-        print(json.dumps(load(*arguments.load)))
-        return
-    rows = []
-    for name, network, example in networks():
-        print(f"{name}\n{'':22s} size   difference   batch 1   batch 64   load ms   peak MiB")
-        for row in measure(network, example):
-            rows.append({"network": name} | row)
-            print(
-                f"{row['file']:>9s} {row['mode']:11s} {row['size']:5.3f}   {row['difference']:10.1e}   "
-                f"{row['speed_1']:7.2f}   {row['speed_64']:8.2f}   {row['load_ms']:7.1f}   {row['peak_mib']:8.1f}",
-                flush=True,
-            )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=RESULTS, help="the results, to which this run's are added")
+    parser.add_argument("--networks", nargs="*", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--trained", nargs=2, action="append", default=[], metavar=("NAME", "CHECKPOINT"))
+    parser.add_argument("--data", default="", help="the .npz that holds the test images of ResNet-20")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")  # of the exporter
+    torch.set_num_threads(1)
+    results: dict[str, Rows] = {"networks": [], "trained": []}
+    if options.json.exists():
+        results = json.loads(options.json.read_text())
+    if options.trained:
+        for name, checkpoint in options.trained:
+            row = predictions(name, Path(checkpoint), options.data)
+            print(row, flush=True)
+            replace(results["trained"], [row], "network", "bits")
+    else:
+        for name in options.networks:
+            replace(results["networks"], measure(name), "network")
+    options.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def networks() -> list[tuple[str, nn.Module, Tensor]]:
+def replace(rows: Rows, new: Rows, *keys: str) -> None:
+    """Put new rows in the place of those that have the same keys."""
+    measured = {tuple(row[key] for key in keys) for row in new}
+    rows[:] = [row for row in rows if tuple(row[key] for key in keys) not in measured] + new
+
+
+class Case(NamedTuple):
+    """A file, and how it is run."""
+
+    bits: int  # 32 for the float32 file
+    mode: str
+    speed: bool
+    path: Path
+    difference: float
+
+
+def measure(name: str) -> Rows:
+    make, shape = NETWORKS[name]
     torch.manual_seed(0)
-    hidden = [layer for _ in range(2) for layer in (nn.Linear(2048, 2048), nn.ReLU())]
-    perceptron = nn.Sequential(nn.Linear(1024, 2048), nn.ReLU(), *hidden, nn.Linear(2048, 10))
-    return [
-        ("ResNet-20, 32x32 images", ResNetCIFAR(20).eval(), torch.randn(64, 3, 32, 32)),
-        ("perceptron 1024-2048-2048-2048-10", perceptron.eval(), torch.randn(64, 1024)),
-    ]
-
-
-def measure(network: nn.Module, example: Tensor) -> list[dict[str, Any]]:
+    network, example = make().eval(), torch.randn(64, *shape)
     weights = {name: p.detach().clone() for name, p in network.named_parameters()}
-    linear = not any(isinstance(module, nn.Conv2d) for module in network.modules())
     with tempfile.TemporaryDirectory() as folder:
         floats = Path(folder) / "float32.onnx"
-        torch.onnx.export(
-            network, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), verbose=False
-        ).save(floats)
-        cases = [("float32", "default", floats, 0.0)]
-        for bits in (2, 3, 4, 5, 7):
+        export_float32(network, floats, shape)
+        cases = [Case(32, "default", False, floats, 0.0)]
+        for bits in BITS:
             network.load_state_dict(weights, strict=False)
             quantize(network, bits)
-            for speed in (False, True)[: 1 + (linear and bits <= 5)]:
-                file = f"{bits} bits{' S' if speed else ''}"
+            for speed in (False, True)[: 1 + (name not in CONVOLUTIONAL)]:
                 path = Path(folder) / f"{bits}-{speed}.onnx"
                 difference = export_onnx(network, path, example, speed=speed)
-                cases += [(file, mode, path, difference) for mode in (("fast",) if speed else MODES)]
-        sessions = [session(path, mode) for _, mode, path, _ in cases]
-        speeds = {batch: latencies(sessions, example[:batch]) for batch in (1, 64)}
-        rows = []
-        for i, (file, mode, path, difference) in enumerate(cases):
-            loaded = in_process(path, mode)
-            size = path.stat().st_size / floats.stat().st_size
-            row = {"file": file, "mode": mode, "size": size, "difference": difference}
-            rows.append(row | {f"speed_{batch}": speeds[batch][0] / speeds[batch][i] for batch in speeds} | loaded)
-    return rows
+                cases += [Case(bits, mode, speed, path, difference) for mode in (("fast",) if speed else MODES)]
+        print(f"{name}: exported, now timing", flush=True)
+        sessions = [session(case.path, case.mode) for case in cases]
+        speeds = {batch: latencies(network, sessions, example[:batch]) for batch in (1, 64)}
+        loaded = [fresh_process(load, str(case.path), case.mode) for case in cases]
+        print(f"{name}: timed", flush=True)
+        return [
+            {
+                "network": name,
+                "bits": case.bits,
+                "mode": case.mode,
+                "speed": case.speed,
+                "size": case.path.stat().st_size / floats.stat().st_size,
+                "difference": case.difference,
+                **{f"batch_{batch}_ms": 1e3 * speeds[batch][i] for batch in speeds},
+                **{f"torch_batch_{batch}_ms": 1e3 * speeds[batch][-1] for batch in speeds},
+                **loaded[i],
+            }
+            for i, case in enumerate(cases)
+        ]
 
 
 def quantize(network: nn.Module, bits: int) -> None:
     with torch.no_grad():
         for selected in select_parameters(network, bits):
             p = selected.parameter
-            p.copy_(PowerOfTwoGrid.from_weights(p, bits).quantize(p))
+            p.copy_(PowerOfTwoGrid.from_weights(p, bits, exponent="mse").quantize(p))
 
 
 def session(path: str | Path, mode: str) -> Any:
@@ -105,42 +145,77 @@ def session(path: str | Path, mode: str) -> Any:
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def latencies(sessions: list[Any], batch: Tensor) -> list[float]:
-    """Median seconds of a run of each session, called in turn."""
-    times: list[list[float]] = [[] for _ in sessions]
-    inputs = batch.numpy()
-    for _ in range(32 if len(batch) == 1 else 9):
-        for run, seconds in zip(sessions, times, strict=True):
-            start = time.perf_counter()
-            run.run(None, {run.get_inputs()[0].name: inputs})
-            seconds.append(time.perf_counter() - start)
-    return [statistics.median(seconds[2:]) for seconds in times]
+def run(session: Any, batch: Tensor) -> Any:
+    return session.run(None, {session.get_inputs()[0].name: batch.numpy()})[0]
+
+
+@torch.inference_mode()
+def latencies(network: nn.Module, sessions: list[Any], batch: Tensor) -> list[float]:
+    """Median seconds of a run of each session, and at last of torch; the first of each burst warms the cache."""
+    calls: list[Callable[[], object]] = [lambda s=s: run(s, batch) for s in sessions]  # type: ignore[misc]
+    calls.append(lambda: network(batch))
+    rounds, burst = (6, 8) if len(batch) == 1 else (3, 4)
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for call, seconds in zip(calls, times, strict=True):
+            for repetition in range(burst):
+                start = time.perf_counter()
+                call()
+                if repetition:
+                    seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds) for seconds in times]
 
 
 def load(path: str, mode: str) -> dict[str, float]:
     """Median milliseconds to make a session, and by how many MiB the first one raises the process's peak memory."""
-    before = peak()
+    tiny = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 21]> g (float[1] x) => (float[1] y) {y = Neg(x)}'
+    )
+    ort.InferenceSession(tiny.SerializeToString())  # what the library takes once is not the file's
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
     kept = session(path, mode)
-    grown = peak() - before
+    grown = status("VmHWM") - before
     del kept
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
         session(path, mode)
         seconds.append(time.perf_counter() - start)
-    return {"load_ms": 1e3 * statistics.median(seconds), "peak_mib": grown / 1024}
+    return {"load_ms": 1e3 * statistics.median(seconds), "peak_mib": grown / 2**20}
 
 
-def peak() -> int:
-    """Peak resident KiB of this process alone; getrusage's has the parent's in it."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0])
-
-
-def in_process(path: Path, mode: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.onnx_runtime", "--load", str(path), mode]
-    result: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return result
+@torch.no_grad()
+def predictions(name: str, checkpoint: Path, data: str) -> dict[str, Any]:
+    """Size of a trained network's file, and how many of all test images it classifies as torch does."""
+    make, make_data = TRAINED[name]
+    network, datamodule = make().eval(), make_data(data)
+    saved = read_checkpoint(checkpoint)
+    network.load_state_dict({key.removeprefix("net."): value for key, value in saved.state_dict.items()})
+    layers = [x._replace(name=x.name.removeprefix("net.")) for x in saved.layers or []]
+    datamodule.prepare_data()
+    datamodule.setup("test")
+    images, labels = (torch.cat(parts) for parts in zip(*datamodule.test_dataloader(), strict=True))
+    expected = torch.cat([network(batch) for batch in torch.split(images, 256)]).argmax(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "net.onnx"
+        float32 = export_float32(network, path, tuple(images.shape[1:]))
+        difference = export_onnx(network, path, images[:1], layers=layers)
+        same = {}
+        for mode in MODES:
+            made = session(path, mode)
+            found = torch.cat([torch.from_numpy(run(made, batch)) for batch in torch.split(images, 256)]).argmax(1)
+            same[mode] = int((found == expected).sum())
+        return {
+            "network": name,
+            "bits": layers[0].bits,
+            "weights": sum(saved.state_dict[f"net.{layer.name}"].numel() for layer in layers),
+            "images": len(images),
+            "accuracy": float((expected == labels).float().mean()),
+            "same": same,
+            "difference": difference,
+            "size": path.stat().st_size / float32,
+        }
 
 
 if __name__ == "__main__":

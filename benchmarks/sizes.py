@@ -2,13 +2,12 @@
 
 Random weights of the published shapes, rounded to grids of 2 to 5 bits, as every file format of the package. Sizes do
 not depend on training, except for the entropy: ``--trained PATH`` adds what a checkpoint or safetensors file has.
-``--markdown`` prints the tables of an earlier run's JSON.
+Rows of networks and bits that are not measured this time stay in the JSON; docs/benchmarks.md is made of it.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import multiprocessing
@@ -17,8 +16,9 @@ import platform
 import statistics
 import tempfile
 import time
+import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,109 +27,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from benchmarks.networks import NETWORKS, build, randomize
 from inq_lightning import PowerOfTwoGrid
-from inq_lightning.export.accelerator import FORMATS, save_accelerator
+from inq_lightning.export.accelerator import save_accelerator
 from inq_lightning.export.artifact import load_packed, save_packed
 from inq_lightning.export.codec import pack, pack_entropy
-from inq_lightning.export.grids import fit_grid
+from inq_lightning.export.grids import encode, fit_grid
+from inq_lightning.export.onnx import export_onnx
 
 RESULTS = Path(__file__).with_suffix(".json")
 BITS = (2, 3, 4, 5)
 ACCELERATORS = {"mxfp4": 4, "fp8": 5}  # written at one bit width only: their files have the same size at all
 LARGE = 50_000_000  # weights from which on times are of one run rather than medians of three
-
-
-# ---- the networks: layers that own parameters, without a forward -----------------------------------------------------
-
-
-def resnet(counts: Iterable[int], bottleneck: bool) -> nn.Module:
-    """He et al. 2016, "Deep residual learning", table 1, with the shortcuts of option B."""
-    layers: list[nn.Module] = [*conv_bn(3, 64, 7)]
-    channels = 64
-    for stage, blocks in enumerate(counts):
-        width = 64 << stage
-        out = 4 * width if bottleneck else width
-        for block in range(blocks):
-            if bottleneck:
-                layers += conv_bn(channels, width, 1) + conv_bn(width, width, 3) + conv_bn(width, out, 1)
-            else:
-                layers += conv_bn(channels, width, 3) + conv_bn(width, out, 3)
-            if block == 0 and (stage > 0 or bottleneck):
-                layers += conv_bn(channels, out, 1)
-            channels = out
-    return nn.Sequential(*layers, nn.Linear(channels, 1000))
-
-
-def conv_bn(in_channels: int, out_channels: int, size: int) -> list[nn.Module]:
-    return [nn.Conv2d(in_channels, out_channels, size, bias=False), nn.BatchNorm2d(out_channels)]
-
-
-def vgg16() -> nn.Module:
-    """Simonyan and Zisserman 2015, configuration D."""
-    channels = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
-    convolutions = [nn.Conv2d(i, o, 3) for i, o in itertools.pairwise(channels)]
-    return nn.Sequential(*convolutions, nn.Linear(512 * 49, 4096), nn.Linear(4096, 4096), nn.Linear(4096, 1000))
-
-
-class ViTB16(nn.Module):
-    """Dosovitskiy et al. 2021, ViT-B/16 for images of 224×224."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.class_token = nn.Parameter(torch.empty(1, 1, 768))
-        self.positions = nn.Parameter(torch.empty(1, 197, 768))
-        self.patches = nn.Conv2d(3, 768, 16)
-        self.blocks = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    nn.LayerNorm(768),
-                    nn.MultiheadAttention(768, 12),
-                    nn.LayerNorm(768),
-                    nn.Linear(768, 3072),
-                    nn.Linear(3072, 768),
-                ]
-            )
-            for _ in range(12)
-        )
-        self.norm = nn.LayerNorm(768)
-        self.head = nn.Linear(768, 1000)
-
-
-def llm_layer() -> nn.Module:
-    """The linear layers of one decoder layer as wide as LLaMA-7B's: q, k, v, o, and the three of its MLP."""
-    attention = [nn.Linear(4096, 4096, bias=False) for _ in range(4)]
-    shapes = [(4096, 11008), (4096, 11008), (11008, 4096)]
-    return nn.Sequential(*attention, *(nn.Linear(i, o, bias=False) for i, o in shapes))
-
-
-# Each with its published number of parameters.
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "ResNet-18": (lambda: resnet([2, 2, 2, 2], bottleneck=False), 11_689_512),
-    "ResNet-50": (lambda: resnet([3, 4, 6, 3], bottleneck=True), 25_557_032),
-    "VGG-16": (vgg16, 138_357_544),
-    "ViT-B/16": (ViTB16, 86_567_656),
-    "LLM layer": (llm_layer, 4 * 4096**2 + 3 * 4096 * 11008),
-}
-
-
-def build(network: str) -> nn.Module:
-    """The network with uninitialized memory, which is not resident until something is written to it."""
-    with torch.device("meta"):
-        model = NETWORKS[network][0]()
-    return model.to_empty(device="cpu")
-
-
-@torch.no_grad()
-def randomize(model: nn.Module) -> None:
-    """Normal weights, as trained ones are roughly before they are quantized."""
-    torch.manual_seed(0)
-    for p in model.parameters():
-        p.normal_(0, 0.02)
-    for buffer in model.buffers():
-        buffer.zero_()
-
-
-# ---- measuring -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -147,59 +56,87 @@ def quantize(model: nn.Module, originals: Mapping[str, Tensor], bits: int) -> li
     for name, weight in originals.items():
         # By the largest weight, two bits would make nearly all of them zero. All are alike here: a sample will do.
         grid = PowerOfTwoGrid.from_weights(weight.flatten()[: 1 << 16], bits, exponent="mse")
-        model.get_parameter(name).copy_(grid.quantize(weight))
+        parts = (torch.split(tensor.view(-1), 1 << 16) for tensor in (model.get_parameter(name), weight))
+        for target, part in zip(*parts, strict=True):
+            target.copy_(grid.quantize(part))
         layers.append(Layer(name, bits, grid.n1))
     return layers
 
 
 def entropy(codes: Tensor) -> float:
     """Order-0 entropy of codes, in bits for all of them together."""
-    counts = torch.bincount(codes.flatten().int() + 128).double()
-    counts = counts[counts > 0]
+    counts = torch.zeros(256, dtype=torch.int64)
+    for chunk in torch.split(codes.flatten(), 1 << 20):
+        counts += torch.bincount(chunk.int() + 128, minlength=256)
+    counts = counts[counts > 0].double()
     return float((counts * (counts.sum() / counts).log2()).sum())
 
 
-def measure(network: str, bits_to_measure: Iterable[int], folder: Path) -> dict[str, Any]:
+def measure(network: str, bits_to_measure: list[int], folder: Path) -> dict[str, Any]:
     model = build(network)
     randomize(model)
     parameters = sum(p.numel() for p in model.parameters())
-    assert parameters == NETWORKS[network][1], f"{network} has {parameters} parameters"
+    assert parameters == NETWORKS[network].parameters, f"{network} has {parameters} parameters"
     names = [name for name, p in model.named_parameters() if p.dim() > 1 and name not in ("class_token", "positions")]
     originals = {name: model.get_parameter(name).detach().clone() for name in names}
-    selected = sum(w.numel() for w in originals.values())
-    rest = sum(t.nbytes for name, t in model.state_dict().items() if name not in originals)
-    rows = [measure_bits(network, model, originals, bits, rest, folder) for bits in bits_to_measure]
-    return {"network": network, "parameters": parameters, "selected": selected, "layers": len(names), "rows": rows}
+    onnx = export_float32(model, folder / "float32.onnx", NETWORKS[network].input)
+    rows = [measure_bits(network, model, originals, bits, folder) for bits in bits_to_measure]
+    return {
+        "network": network,
+        "parameters": parameters,
+        "selected": sum(w.numel() for w in originals.values()),
+        "layers": len(names),
+        "onnx_float32": onnx,
+        "rows": rows,
+    }
+
+
+def export_float32(model: nn.Module, path: Path, shape: tuple[int, ...]) -> int:
+    """The size of the network's ONNX file in float32."""
+    program = torch.onnx.export(
+        model,
+        (torch.randn(2, *shape),),
+        dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+        verbose=False,
+    )
+    assert program is not None
+    program.save(path)
+    size = path.stat().st_size
+    path.unlink()
+    return size
 
 
 def measure_bits(
-    network: str, model: nn.Module, originals: Mapping[str, Tensor], bits: int, rest: int, folder: Path
+    network: str, model: nn.Module, originals: Mapping[str, Tensor], bits: int, folder: Path
 ) -> dict[str, Any]:
     layers = quantize(model, originals, bits)
+    state = model.state_dict()
     selected = sum(w.numel() for w in originals.values())
-    grids = {layer.name: PowerOfTwoGrid(layer.n1, bits) for layer in layers}
-    order0 = sum(entropy(grid.encode(model.get_parameter(name))) for name, grid in grids.items())
-    plain, packed, coded = (folder / f"{name}.safetensors" for name in ("plain", "packed", "coded"))
+    float32 = sum(t.nbytes for t in state.values())
+    rest = sum(t.nbytes for name, t in state.items() if name not in originals)
+    order0 = sum(entropy(encode(PowerOfTwoGrid(x.n1, bits), model.get_parameter(x.name))) for x in layers)
+    paths = {kind: folder / f"{kind}.safetensors" for kind in ("float32", "packed", "entropy_coded")}
+    save: dict[str, Callable[[], object]] = {
+        "float32": lambda: save_file(state, paths["float32"]),
+        "packed": lambda: save_packed(model, paths["packed"], layers=layers),
+        "entropy_coded": lambda: save_packed(model, paths["entropy_coded"], layers=layers, entropy_coded=True),
+    }
+    load: dict[str, Callable[[], object]] = {
+        "float32": lambda: model.load_state_dict(load_file(paths["float32"])),
+        "packed": lambda: load_packed(paths["packed"], model),
+        "entropy_coded": lambda: load_packed(paths["entropy_coded"], model),
+    }
     rounds = 1 if selected > LARGE else 3
-    save_plain, save, save_coded = seconds(
-        rounds,
-        lambda: save_file(model.state_dict(), plain),
-        lambda: save_packed(model, packed, layers=layers),
-        lambda: save_packed(model, coded, layers=layers, entropy_coded=True),
-    )
-    load_plain, load, load_coded = seconds(
-        rounds,
-        lambda: model.load_state_dict(load_file(plain)),
-        lambda: load_packed(packed, model),
-        lambda: load_packed(coded, model),
-    )
-    size = {"float32": plain.stat().st_size, "zip": zipped(plain, folder / "plain.zip")}
-    size |= {"packed": packed.stat().st_size, "entropy_coded": coded.stat().st_size}
+    save_seconds, load_seconds = seconds(rounds, save), seconds(rounds, load)
+    size = {kind: path.stat().st_size for kind, path in paths.items()}
+    size["zip"] = zipped(paths["float32"], folder / "float32.zip")
+    export_onnx(model, folder / "onnx", torch.randn(1, *NETWORKS[network].input), layers=layers)
+    size["onnx"] = (folder / "onnx").stat().st_size
     for name, once in ACCELERATORS.items():
         if bits == once:
             save_accelerator(model, folder / name, name, layers=layers)  # type: ignore[arg-type]
             size[name] = (folder / name).stat().st_size
-    float32 = sum(t.nbytes for t in model.state_dict().values())
     return {
         "bits": bits,
         "size": size,
@@ -207,25 +144,24 @@ def measure_bits(
         "entropy_bits_per_weight": order0 / selected,
         "entropy_coded_bits_per_weight": 8 * (size["entropy_coded"] - rest) / selected,
         "entropy_coded_over_entropy": 8 * (size["entropy_coded"] - rest) / order0,
-        "within_entropy_limit": size["entropy_coded"] - rest <= 1.03 * order0 / 8 + 1024 * len(layers),
-        "save_time": {"packed": save / save_plain, "entropy_coded": save_coded / save_plain},
-        "load_time": {"packed": load / load_plain, "entropy_coded": load_coded / load_plain},
+        "entropy_coded_over_limit": (size["entropy_coded"] - rest) / (1.03 * order0 / 8 + 1024 * len(layers)),
+        "save_seconds": save_seconds,
+        "load_seconds": load_seconds,
         "load_peak_memory": {
-            kind: fresh_process(peak_memory, network, str(path), kind) / float32
-            for kind, path in (("float32", plain), ("packed", packed), ("entropy_coded", coded))
+            kind: fresh_process(peak_memory, network, str(path), kind) / float32 for kind, path in paths.items()
         },
     }
 
 
-def seconds(rounds: int, *functions: Callable[[], object]) -> list[float]:
+def seconds(rounds: int, functions: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     """Median seconds of each function, called in turn."""
-    times: list[list[float]] = [[] for _ in functions]
+    times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
-        for function, spent in zip(functions, times, strict=True):
+        for name, function in functions.items():
             start = time.perf_counter()
             function()
-            spent.append(time.perf_counter() - start)
-    return [statistics.median(spent) for spent in times]
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(spent) for name, spent in times.items()}
 
 
 def zipped(path: Path, out: Path) -> int:
@@ -235,19 +171,32 @@ def zipped(path: Path, out: Path) -> int:
 
 
 def fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    """Call a function in a process that has imported what this one has, and done nothing else."""
+    with multiprocessing.get_context("forkserver").Pool(1) as pool:
         return pool.apply(function, arguments)
 
 
 def peak_memory(network: str, path: str, kind: str) -> int:
     """Bytes by which resident memory grows at most while a file is loaded, the network's own included; Linux only."""
+
+    def load(path: str, model: nn.Module) -> None:
+        if kind == "float32":
+            model.load_state_dict(load_file(path))
+        else:
+            load_packed(path, model)
+
+    with tempfile.TemporaryDirectory() as folder:  # what libraries take once is not the file's
+        small, tiny = nn.Linear(8, 8), str(Path(folder) / "tiny")
+        nn.init.ones_(small.weight)
+        if kind == "float32":
+            save_file(small.state_dict(), tiny)
+        else:
+            save_packed(small, tiny, entropy_coded=kind == "entropy_coded")
+        load(tiny, small)
     model = build(network)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew; getrusage's outlives even exec
     before = status("VmRSS")
-    if kind == "float32":
-        model.load_state_dict(load_file(path))
-    else:
-        load_packed(path, model)
+    load(path, model)
     return status("VmHWM") - before
 
 
@@ -268,7 +217,7 @@ def measure_trained(path: Path) -> dict[str, Any]:
     for weight in state.values():
         grid = fit_grid(weight) if weight.is_floating_point() and weight.dim() > 1 else None
         if grid is not None:
-            codes = grid.encode(weight)
+            codes = encode(grid, weight)
             numel += codes.numel()
             packed += pack(codes, grid.bits).numel()
             coded += pack_entropy(codes, grid.bits).numel()
@@ -286,82 +235,35 @@ def measure_trained(path: Path) -> dict[str, Any]:
     }
 
 
-# ---- reporting -------------------------------------------------------------------------------------------------------
-
-
-def markdown(results: Mapping[str, Any]) -> str:
-    """Tables of the results, in Markdown."""
-    lines = ["Sizes in MB (10⁶ bytes), of the whole file:", ""]
-    columns = ["float32", "zip", "packed", "entropy_coded", *ACCELERATORS]
-    lines += table_head("network", "bits", "float32", "zip of float32", "packed", "entropy-coded", *ACCELERATORS)
-    for network in results["networks"]:
-        once = {name: size for row in network["rows"] for name, size in row["size"].items()}
-        for row in network["rows"]:
-            size = row["size"] | {n: v for n, v in once.items() if n in FORMATS and row["bits"] <= FORMATS[n].max_bits}
-            cells = [f"{size[c] / 1e6:.2f}" if c in size else "–" for c in columns]
-            lines.append(table_row(network["network"], row["bits"], *cells))
-    lines += ["", "Bits a quantized weight, all metadata of the file included:", ""]
-    lines += table_head("network", "bits", "packed", "order-0 entropy", "entropy-coded", "entropy-coded / entropy")
-    for network in results["networks"]:
-        for row in network["rows"]:
-            values = ("packed", "entropy", "entropy_coded")
-            cells = [f"{row[f'{v}_bits_per_weight']:.4f}" for v in values]
-            ratio = f"{row['entropy_coded_over_entropy']:.4f}"
-            lines.append(table_row(network["network"], row["bits"], *cells, ratio))
-    lines += ["", "Time against a plain safetensors file of float32, and peak memory of loading against the network's"]
-    lines += ["tensors in float32:", ""]
-    lines += table_head(
-        "network", "bits", "save packed", "save entropy-coded", "load packed", "load entropy-coded",
-        "memory float32", "memory packed", "memory entropy-coded",
-    )  # fmt: skip
-    for network in results["networks"]:
-        for row in network["rows"]:
-            times = [row[f"{way}_time"][kind] for way in ("save", "load") for kind in ("packed", "entropy_coded")]
-            memory = [row["load_peak_memory"][kind] for kind in ("float32", "packed", "entropy_coded")]
-            cells = [f"{t:.1f}" for t in times] + [f"{m:.2f}" for m in memory]
-            lines.append(table_row(network["network"], row["bits"], *cells))
-    if results["trained"]:
-        lines += ["", "Trained networks:", ""]
-        lines += table_head("file", "weights", "bits", "packed", "order-0 entropy", "entropy-coded / entropy")
-        for row in results["trained"]:
-            cells = [f"{row[v]:.4f}" for v in ("packed_bits_per_weight", "entropy_bits_per_weight")]
-            ratio = f"{row['entropy_coded_over_entropy']:.4f}"
-            bits = ", ".join(map(str, row["bits"]))
-            lines.append(table_row(row["file"], f"{row['selected']:,}", bits, *cells, ratio))
-    return "\n".join(lines) + "\n"
-
-
-def table_head(first: str, *others: str) -> list[str]:
-    return [table_row(first, *others), "|---" + "|---:" * len(others) + "|"]
-
-
-def table_row(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
+def merge(results: dict[str, Any], new: dict[str, Any]) -> None:
+    """Put the rows of a network into the results; those of other bits stay."""
+    kept = [row for n in results["networks"] if n["network"] == new["network"] for row in n["rows"]]
+    measured = {row["bits"] for row in new["rows"]}
+    new["rows"] = sorted([r for r in kept if r["bits"] not in measured] + new["rows"], key=lambda row: row["bits"])
+    networks = {n["network"]: n for n in [*results["networks"], new]}
+    results["networks"] = [networks[name] for name in NETWORKS if name in networks]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=RESULTS, help="where results are written, and read by --markdown")
-    parser.add_argument("--markdown", action="store_true", help="print tables of earlier results, measure nothing")
-    parser.add_argument("--trained", type=Path, action="append", default=[], help="a trained network's file")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="the results, to which this run's are added")
+    parser.add_argument("--trained", nargs=2, action="append", default=[], metavar=("NAME", "PATH"))
     parser.add_argument("--networks", nargs="*", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--bits", nargs="*", type=int, choices=BITS, default=list(BITS))
     options = parser.parse_args()
-    if options.markdown:
-        print(markdown(json.loads(options.json.read_text())), end="")
-        return
-    results: dict[str, Any] = {
-        "environment": {"torch": torch.__version__, "python": platform.python_version(), "cpus": os.cpu_count()},
-        "networks": [],
-        "trained": [measure_trained(path) for path in options.trained],
-    }
+    warnings.filterwarnings("ignore")  # of the exporter
+    results = json.loads(options.json.read_text()) if options.json.exists() else {"networks": [], "trained": []}
+    environment = {"torch": torch.__version__, "python": platform.python_version(), "cpus": os.cpu_count()}
+    results = {"environment": environment, "networks": results["networks"], "trained": results["trained"]}
+    for name, path in options.trained:
+        row = {"network": name} | measure_trained(Path(path))
+        results["trained"] = [r for r in results["trained"] if r["network"] != name] + [row]
     for network in options.networks:
         with tempfile.TemporaryDirectory() as folder:
-            results["networks"].append(measure(network, options.bits, Path(folder)))
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
-        print(f"{network} done", flush=True)
-    options.json.write_text(json.dumps(results, indent=2) + "\n")
-    print(markdown(results), end="")
+            merge(results, measure(network, options.bits, Path(folder)))
+        print(f"{network}: {', '.join(map(str, options.bits))} bits measured", flush=True)
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    options.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

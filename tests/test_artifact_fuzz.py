@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import random
@@ -24,7 +25,7 @@ from tests.support import same_bits
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="measures memory through /proc")
 
 NUMBERS = [-1, 0, 1, 2, 3, 7, 8, 9, 64, 129, 1 << 31, 1 << 40, (1 << 63) - 1, 1 << 64, 10**30, 0.5, True, None, "x", []]
-SLACK = 64 << 20  # bytes that the process may grow by: caches of libraries, pieces of 2^20 weights
+SLACK = 16 << 20  # bytes beside twice what a file declares: headers as Python objects, caches of libraries
 
 
 def network(seed: int) -> nn.Module:
@@ -160,8 +161,8 @@ def edit_header(data: bytes, chance: random.Random) -> bytes:
     return struct.pack("<Q", len(text.encode())) + text.encode() + data[end:]
 
 
-def fuzz(runs: int, folder: Path, seed: int) -> Counter[str]:
-    """Load ``runs`` mutated files; returns how they ended."""
+def fuzz(runs: int, folder: Path, seed: int) -> dict[str, Any]:
+    """Load ``runs`` mutated files; returns how they ended, the most memory and the most time that one took."""
     chance = random.Random(seed)
     original, blank, target = network(1).state_dict(), network(2).state_dict(), network(2)
     files, rounded = [], {}
@@ -172,14 +173,15 @@ def fuzz(runs: int, folder: Path, seed: int) -> Counter[str]:
         rounded = read_packed(path).state_dict
     expected = [original, original, rounded]
     counts: Counter[str] = Counter()
-    path, slowest = folder / "mutated.safetensors", 0.0
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    path, slowest, most = folder / "mutated.safetensors", 0.0, 0
+    begin = resident("VmRSS")
     for _ in range(runs):
         which = chance.randrange(len(files))
         knows = chance.random() < 0.5
         mutated = hostile(files[which], chance) if knows else blind(files[which], files, chance)
         path.write_bytes(mutated)
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
         started = time.perf_counter()
         try:
             load_packed(path, target)
@@ -196,20 +198,17 @@ def fuzz(runs: int, folder: Path, seed: int) -> Counter[str]:
             assert not different, (outcome, knows, which, different)
         if outcome == "accepted":
             target.load_state_dict(blank)
-        try:
-            artifact = read_packed(path)
-        except ArtifactError:
-            pass
-        else:
-            declared = sum(t.numel() * t.element_size() for t in artifact.state_dict.values())
-            assert declared <= 1 << 30
+        declared = 0
+        with contextlib.suppress(ArtifactError):
+            declared = sum(t.numel() * t.element_size() for t in read_packed(path).state_dict.values())
         slowest = max(slowest, time.perf_counter() - started)
+        grown = resident("VmHWM") - before
+        assert grown <= 2 * declared + SLACK, f"grew by {grown} bytes for tensors of {declared}"
+        most = max(most, grown)
         counts[f"{outcome}, {'hostile' if knows else 'blind'}"] += 1
-    grown = resident("VmHWM") - before
-    assert grown < SLACK, f"grew by {grown} bytes"
     assert slowest < 20
-    print(f"{runs} files: {dict(counts)}; grew by {grown / 2**20:.1f} MiB; slowest {slowest:.3f} s")
-    return counts
+    assert resident("VmRSS") - begin < 64 << 20  # nothing is kept
+    return {"files": runs, **counts, "most_mib": most / 2**20, "slowest_seconds": slowest}
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -224,9 +223,10 @@ def test_mutated_files_give_the_saved_weights_or_the_error(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_mutated_files_give_the_saved_weights_or_the_error(tmp_path: Path) -> None:
-    counts = fuzz(100_000, tmp_path, seed=1)
-    assert counts["refused, blind"] > 45_000
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+def test_a_hundred_thousand_mutated_files_give_the_saved_weights_or_the_error(seed: int, tmp_path: Path) -> None:
+    counts = fuzz(25_000, tmp_path, seed)
+    assert counts["refused, blind"] > 11_000
 
 
 def test_a_small_file_that_asks_for_much_memory_is_refused_before_it_gets_any(tmp_path: Path) -> None:

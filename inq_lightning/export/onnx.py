@@ -309,7 +309,7 @@ def _drop_defaults(node: Any) -> None:
 def _initializer(graph: Any, name: str, array: Array, dtype: str | None = None) -> Any:
     ir = import_extra("onnx_ir", "export")
     array = np.ascontiguousarray(array).reshape(array.shape)
-    tensor = ir.tensor(array if dtype is None else array.astype(ir.DataType[dtype].numpy()), name=name)
+    tensor = ir.tensor(array if dtype is None else array.astype(ir.DataType[dtype].numpy(), copy=False), name=name)
     value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
     graph.register_initializer(value)
     return value
@@ -322,7 +322,9 @@ def _decode(graph: Any, value: Any, weight: _Weight) -> None:
     if bits in DEQUANTIZED:
         dtype, highest = DEQUANTIZED[bits]
         lowest = highest + 1 - magnitudes
-        codes = _initializer(graph, f"{name}.codes", np.ldexp(_integers(weight.codes), lowest), dtype)
+        # Indexed by the code itself: a negative code counts from the end.
+        table = np.ldexp(_integers(np.r_[0 : magnitudes + 1, -magnitudes:0]), lowest).astype(ir.DataType[dtype].numpy())
+        codes = _initializer(graph, f"{name}.codes", table[weight.codes], dtype)
         scale = _initializer(graph, f"{name}.scale", weight.scale(lowest))
         nodes = [ir.node("DequantizeLinear", [codes, scale], {"axis": weight.axis}, outputs=[value])]
     else:
