@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from pytorch_lightning import LightningModule
@@ -40,8 +40,9 @@ class Classifier(LightningModule):
         lr_epochs: Epochs that one decay lasts; None is the Trainer's whole run. INQ restarts the schedule at each
             phase, so give the epochs of one phase.
         distillation: Weight of the teacher's word in the training loss, in [0, 1]: that much of the divergence between
-            the softened outputs of `teacher` and of the network (Hinton et al. 2015, section 2, temperature 4), and the
-            rest of the cross-entropy. The teacher is given by :meth:`learn_from`.
+            the softened outputs of a teacher and of the network (Hinton et al. 2015, section 2, temperature 4), and the
+            rest of the cross-entropy. The teacher is the network as it is when training begins, before INQ: the
+            full-precision one. Checkpoints carry it, so that a resumed run goes on with the same.
         channels_last: Whether to compute in channels-last memory format, which is faster for most convolutions.
 
     Raises:
@@ -96,22 +97,23 @@ class Classifier(LightningModule):
         logits: Tensor = self.net(images)
         return logits
 
-    def learn_from(self, teacher: nn.Module) -> None:
-        """Takes a network of the same inputs and outputs as the teacher; a copy of it, which does not train."""
-        self._teacher = [copy.deepcopy(teacher).eval().requires_grad_(False)]
-
     def on_fit_start(self) -> None:
-        """Puts the teacher on the module's device.
-
-        Raises:
-            ValueError: There should be a teacher and there is none.
-        """
-        if self.distillation and not self._teacher:
-            raise ValueError(
-                f"distillation={self.distillation} needs a teacher: call learn_from(network) before training"
-            )
+        """Makes a copy of the network the teacher, unless training resumes with the one that a checkpoint carries."""
+        if self.distillation and (self.trainer.ckpt_path is None or not self._teacher):
+            self._teacher = [_frozen_copy(self.net)]
         for teacher in self._teacher:
             teacher.to(self.device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the teacher's weights."""
+        for teacher in self._teacher:
+            checkpoint["teacher"] = teacher.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes up the teacher's weights."""
+        if "teacher" in checkpoint:
+            self._teacher = [_frozen_copy(self.net)]
+            self._teacher[0].load_state_dict(checkpoint["teacher"])
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Returns the training loss, a scalar, of images and int64 labels (batch,)."""
@@ -179,6 +181,10 @@ class Classifier(LightningModule):
                 "or lr_schedule='constant'"
             )
         return int(steps)
+
+
+def _frozen_copy(net: nn.Module) -> nn.Module:
+    return copy.deepcopy(net).eval().requires_grad_(False)
 
 
 def _held(shape: Callable[[float], float], steps: int) -> Callable[[int], float]:

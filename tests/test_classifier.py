@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from pathlib import Path
@@ -11,6 +12,7 @@ from pytorch_lightning import Callback, Trainer, seed_everything
 from torch import nn
 from torch.utils.data import DataLoader
 
+from inq_lightning import INQCallback
 from inq_lightning.classifier import Classifier
 from inq_lightning.data import DigitsDataModule
 from inq_lightning.models import SmallCNN
@@ -175,28 +177,46 @@ def test_the_net_is_no_hyperparameter_and_a_checkpoint_restores_it(tmp_path: Pat
     assert torch.equal(restored.net.linear.weight, classifier.net.linear.weight)
 
 
-def test_with_distillation_only_the_network_agrees_with_its_teacher_whatever_the_labels_say(tmp_path: Path) -> None:
+def test_with_distillation_the_network_agrees_with_what_it_was_whatever_the_labels_say(tmp_path: Path) -> None:
     seed_everything(0)
     data = DigitsDataModule()
     teacher = Classifier(SmallCNN(), 10)
     make_trainer(tmp_path, max_epochs=3).fit(teacher, data)
-    weights = {name: value.clone() for name, value in teacher.state_dict().items()}
-    pupil = Classifier(SmallCNN(), 10, distillation=1.0, lr=0.05)
-    pupil.learn_from(teacher.net)
+    pupil = Classifier(copy.deepcopy(teacher.net), 10, distillation=1.0, lr=0.05)
     data.setup("fit")
     wrong = DataLoader([(images, (labels + 1) % 10) for images, labels in data.train_dataloader()], batch_size=None)
-    make_trainer(tmp_path, max_epochs=10).fit(pupil, wrong)
+    trainer = make_trainer(tmp_path, max_epochs=4, callbacks=[INQCallback(bits=5)])
+    trainer.fit(pupil, wrong)
     images = torch.cat([images for images, _ in data.test_dataloader()])
     assert (pupil.eval()(images).argmax(1) == teacher.eval()(images).argmax(1)).float().mean() > 0.9
-    assert all(torch.equal(value, weights[name]) for name, value in teacher.state_dict().items())
-    assert set(pupil.state_dict()) == set(weights), "the teacher is in the module"
+    assert set(pupil.state_dict()) == set(teacher.state_dict()), "the teacher is in the module"
+
+
+def test_a_run_that_is_resumed_keeps_its_teacher_and_a_new_one_takes_another(tmp_path: Path) -> None:
+    def teacher_of(classifier: Classifier) -> dict[str, torch.Tensor]:
+        return {name: value.clone() for name, value in classifier._teacher[0].state_dict().items()}
+
+    classifier = Classifier(SmallCNN(), 10, distillation=0.5)
+    before = {name: value.clone() for name, value in classifier.net.state_dict().items()}
+    trainer = make_trainer(tmp_path, max_epochs=1, limit_train_batches=2)
+    trainer.fit(classifier, DigitsDataModule())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    torch.testing.assert_close(teacher_of(classifier), before, rtol=0, atol=0)
+    resumed = Classifier(SmallCNN(), 10, distillation=0.5)
+    make_trainer(tmp_path, max_epochs=2, limit_train_batches=2).fit(
+        resumed, DigitsDataModule(), ckpt_path=tmp_path / "last.ckpt"
+    )
+    torch.testing.assert_close(teacher_of(resumed), before, rtol=0, atol=0)
+    trained = {name: value.clone() for name, value in classifier.net.state_dict().items()}
+    make_trainer(tmp_path, max_epochs=1, limit_train_batches=2).fit(classifier, DigitsDataModule())
+    torch.testing.assert_close(teacher_of(classifier), trained, rtol=0, atol=0)
 
 
 def test_the_distillation_loss_is_hintons(tmp_path: Path) -> None:
     torch.manual_seed(0)
     pupil, teacher = Classifier(SmallCNN(), 10, distillation=0.3), SmallCNN().eval()
     pupil.log = lambda *args, **options: None  # type: ignore[method-assign]  # there is no Trainer
-    pupil.learn_from(teacher)
+    pupil.on_load_checkpoint({"teacher": teacher.state_dict()})
     images, labels = torch.rand(8, 1, 8, 8), torch.arange(8)
     pupil.eval()  # batch norm gives the same twice
     logits, target = pupil(images).double(), teacher(images).double()
@@ -204,8 +224,3 @@ def test_the_distillation_loss_is_hintons(tmp_path: Path) -> None:
     divergence = (soft * (soft.log() - (logits / 4).log_softmax(1))).sum(1).mean() * 16
     expected = 0.7 * nn.functional.cross_entropy(logits, labels) + 0.3 * divergence
     torch.testing.assert_close(pupil.training_step((images, labels), 0).double(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_distillation_without_a_teacher_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"distillation=0.5 needs a teacher: call learn_from\(network\)"):
-        make_trainer(tmp_path, max_epochs=1).fit(Classifier(SmallCNN(), 10, distillation=0.5), DigitsDataModule())

@@ -317,6 +317,14 @@ def test_a_lightning_checkpoint_takes_the_place_of_pretraining(pretrained: Path,
     assert_quantized(tmp_path / "quantized.ckpt")
 
 
+def test_the_teacher_is_the_full_precision_network_which_has_none_itself(tmp_path: Path) -> None:
+    run(tmp_path, *TINY, "callbacks=default", "model.distillation=0.5")
+    before, after = load(tmp_path / "pretrain" / "last.ckpt"), load(tmp_path / "quantize" / "last.ckpt")
+    assert "teacher" not in before
+    weights = {name.removeprefix("net."): value for name, value in before["state_dict"].items()}
+    torch.testing.assert_close(dict(after["teacher"]), weights, rtol=0, atol=0)
+
+
 def test_a_plain_state_dict_takes_the_place_of_pretraining(pretrained: Path, tmp_path: Path) -> None:
     torch.save(load(pretrained)["state_dict"], tmp_path / "weights.pt")
     report = run(tmp_path, *TINY, f"ckpt={tmp_path}/weights.pt")

@@ -147,7 +147,6 @@ def start(cfg: DictConfig, callback: INQCallback) -> tuple[LightningModule, Ligh
         raise FileNotFoundError(f"there is no {own}: train it first, with cell=baseline seed={cfg.seed}")
     module: Classifier = instantiate(cfg.model, _convert_="all")
     module.load_state_dict(load_file(trained))
-    module.learn_from(module.net)
     return module, instantiate(cfg.data)
 
 

@@ -5,7 +5,7 @@ A Hydra application over `conf/`::
     inq-train inq.bits=3 inq/schedule=resnet18
     inq-train -m inq.bits=2,3,4,5
     inq-train ckpt=outputs/.../interrupted.ckpt resume=true
-    inq-train output=json | jq .metrics
+    inq-train --json | jq .metrics
 """
 
 from __future__ import annotations
@@ -55,6 +55,17 @@ class FullPrecision(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up metrics and time of the interrupted run."""
         self.metrics, self._before = state_dict["metrics"], state_dict["seconds"]
+
+
+def command() -> None:
+    """The console script."""
+    accept_json()
+    main()
+
+
+def accept_json() -> None:
+    """Let ``--json`` on the command line, which Hydra would refuse, stand for ``output=json``."""
+    sys.argv[1:] = ["output=json" if argument == "--json" else argument for argument in sys.argv[1:]]
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
@@ -205,8 +216,9 @@ def pretrain(
                 f"remove it with pretrain=plain"
             )
         cfg.model[key] = value
-    if "lr_epochs" in cfg.model and "lr_epochs" not in cfg.pretrain.model:
-        cfg.model.lr_epochs = None
+    for key, value in (("lr_epochs", None), ("distillation", 0.0)):  # what the quantization has need of
+        if key in cfg.model and key not in cfg.pretrain.model:
+            cfg.model[key] = value
     cfg.trainer.max_epochs = cfg.pretrain.max_epochs
     cfg.trainer.max_steps = -1
     module: LightningModule = instantiate(cfg.model, _convert_="all")
@@ -241,4 +253,4 @@ def test(trainer: Trainer, module: LightningModule, data: LightningDataModule) -
 
 
 if __name__ == "__main__":
-    main()
+    command()
