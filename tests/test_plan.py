@@ -185,7 +185,7 @@ def configured(*overrides: str) -> Plan:
 
 def test_the_script_takes_the_keys_of_inq_train_reads_no_data_and_leaves_no_file(tmp_path: Path) -> None:
     command = [Path(sysconfig.get_path("scripts")) / "python", "-m", "inq_lightning.cli.plan"]
-    overrides = ["model=resnet20", "data=npz", "inq.bits=4", "inq.schedule.epochs_per_phase=2"]
+    overrides = ["model=resnet20", "--json", "data=npz", "inq.bits=4", "inq.schedule.epochs_per_phase=2"]
     done = subprocess.run([*command, *overrides], cwd=tmp_path, capture_output=True, text=True, check=True)
     plan = json.loads(done.stdout)
     assert [phase["start"] for phase in plan["phases"]] == [0, 2, 4, 6, 8, 10]

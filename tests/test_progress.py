@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from support import SCHEDULE, TinyModule, trainer
 
 from inq_lightning import INQCallback, Schedule
-from inq_lightning.cli.train import choose_output
+from inq_lightning.cli.train import accept_json, choose_output
 from inq_lightning.progress import INQProgressBar
 
 
@@ -169,6 +170,12 @@ def _read(terminal: int) -> bytes:
         return os.read(terminal, 65536)
     except OSError:  # how Linux says that nobody has the other side open
         return b""
+
+
+def test_json_as_a_flag_is_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["inq-train", "inq.bits=4", "--json"])
+    accept_json()
+    assert sys.argv == ["inq-train", "inq.bits=4", "output=json"]
 
 
 def test_an_unknown_output_is_refused() -> None:

@@ -81,8 +81,10 @@ def test_the_wheel_installs_the_console_scripts(built: dict[str, Path]) -> None:
         (name,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
         scripts = configparser.ConfigParser()
         scripts.read_string(archive.read(name).decode())
-    names = ("train", "plan", "export", "inspect")
-    assert dict(scripts["console_scripts"]) == {f"inq-{name}": f"inq_lightning.cli.{name}:main" for name in names}
+    functions = {"train": "command", "plan": "command", "export": "main", "inspect": "main"}
+    assert dict(scripts["console_scripts"]) == {
+        f"inq-{name}": f"inq_lightning.cli.{name}:{function}" for name, function in functions.items()
+    }
 
 
 COMPOSE = """

@@ -3,7 +3,7 @@
 A Hydra application over `conf/`, like `inq-train`::
 
     inq-plan model=resnet20 data=npz inq.bits=4
-    inq-plan inq/schedule=alexnet trainer.max_epochs=20 > plan.json
+    inq-plan inq/schedule=alexnet trainer.max_epochs=20 --json
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pytorch_lightning import LightningModule, Trainer
 
 from inq_lightning import run
 from inq_lightning.callback import INQCallback
-from inq_lightning.cli.train import choose_output, load_checkpoint, load_weights, plan_epochs
+from inq_lightning.cli.train import accept_json, choose_output, load_checkpoint, load_weights, plan_epochs
 from inq_lightning.models import import_extra
 from inq_lightning.plan import Plan
 from inq_lightning.schedule import Schedule
@@ -31,6 +31,12 @@ DOWNLOADS: dict[str, dict[str, Any]] = {  # arguments of networks that would fet
     "inq_lightning.models.torchvision_model": {"weights": None},
     "inq_lightning.models.timm_model": {"pretrained": False},
 }
+
+
+def command() -> None:
+    """The console script."""
+    accept_json()
+    main()
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="plan")
@@ -82,4 +88,4 @@ def fit_schedule(cfg: DictConfig, schedule: Schedule) -> Schedule:
 
 
 if __name__ == "__main__":
-    main()
+    command()
