@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from inq_lightning.schedule import PRESETS
 register_training()
 
 ROOT = Path(__file__).parents[1]
+SCRIPTS = Path(sysconfig.get_path("scripts"))
 README = (ROOT / "README.md").read_text()
 PAGES = [path for path in sorted((ROOT / "docs").rglob("*.md")) if path.name != "tutorial.md"]  # a notebook by itself
 DOCUMENTS = [path for path in [ROOT / "README.md", *PAGES] if "```" in path.read_text()]
@@ -64,6 +67,34 @@ def test_every_command_of_the_documents_composes(line: str) -> None:
         key, _, value = argument.partition("=")
         if key == "inq.bits":
             assert str(config.inq.bits) == value
+
+
+TOOLS = [
+    pytest.param(line, id=f"{d.relative_to(ROOT)}-{i}")
+    for d in DOCUMENTS
+    for i, line in enumerate(x for b in blocks(d, "bash") for x in b.splitlines() if re.match("inq-(?!train)", x))
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that the documents speak of: of a short run of inq-train, with its configuration."""
+    folder = tmp_path_factory.mktemp("trained")
+    short = ["pretrain.max_epochs=1", "inq.schedule.portions=[1.0]", "inq.schedule.epochs_per_phase=1", "logger=none"]
+    subprocess.run([SCRIPTS / "inq-train", *short, f"hydra.run.dir={folder}"], cwd=folder, check=True)
+    shutil.copy(folder / "quantize" / "last.ckpt", folder / "quantized.ckpt")
+    shutil.copy(folder / "pretrain" / "last.ckpt", folder / "trained.ckpt")
+    subprocess.run([SCRIPTS / "inq-export", "quantized.ckpt", "net.safetensors"], cwd=folder, check=True)
+    return folder
+
+
+@pytest.mark.parametrize("line", TOOLS)
+def test_every_other_command_of_the_documents_runs(line: str, trained: Path) -> None:
+    program, *arguments = shlex.split(line, comments=True)
+    if "onnx" in arguments:
+        pytest.importorskip("onnx")
+    done = subprocess.run([SCRIPTS / program, *arguments], cwd=trained, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_readme_lists_every_option_with_its_default() -> None:
