@@ -111,6 +111,16 @@ def test_the_readme_lists_every_option_with_its_default() -> None:
         assert f"`{preset}`" in README
 
 
+OUTSIDE = [*ROOT.glob("*.md"), *(ROOT / "examples").rglob("*.md")]  # of the site, whose links its strict build checks
+
+
+@pytest.mark.parametrize("document", OUTSIDE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_relative_link_leads_to_a_file(document: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text())
+    missing = [target for target in targets if not (document.parent / target).exists()]
+    assert not missing
+
+
 def test_the_readme_promises_two_commands_that_the_makefile_has() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in ("demo", "test"):
