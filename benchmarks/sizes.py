@@ -80,6 +80,7 @@ def measure(network: str, bits_to_measure: list[int], folder: Path) -> dict[str,
     names = [name for name, p in model.named_parameters() if p.dim() > 1 and name not in ("class_token", "positions")]
     originals = {name: model.get_parameter(name).detach().clone() for name in names}
     onnx = export_float32(model, folder / "float32.onnx", NETWORKS[network].input)
+    (folder / "float32.onnx").unlink()
     rows = [measure_bits(network, model, originals, bits, folder) for bits in bits_to_measure]
     return {
         "network": network,
@@ -102,9 +103,7 @@ def export_float32(model: nn.Module, path: Path, shape: tuple[int, ...]) -> int:
     )
     assert program is not None
     program.save(path)
-    size = path.stat().st_size
-    path.unlink()
-    return size
+    return path.stat().st_size
 
 
 def measure_bits(
@@ -122,13 +121,9 @@ def measure_bits(
         "packed": lambda: save_packed(model, paths["packed"], layers=layers),
         "entropy_coded": lambda: save_packed(model, paths["entropy_coded"], layers=layers, entropy_coded=True),
     }
-    load: dict[str, Callable[[], object]] = {
-        "float32": lambda: model.load_state_dict(load_file(paths["float32"])),
-        "packed": lambda: load_packed(paths["packed"], model),
-        "entropy_coded": lambda: load_packed(paths["entropy_coded"], model),
-    }
     rounds = 1 if selected > LARGE else 3
-    save_seconds, load_seconds = seconds(rounds, save), seconds(rounds, load)
+    save_seconds = seconds(rounds, save)
+    loaded = {kind: fresh_process(load, network, str(path), kind, rounds) for kind, path in paths.items()}
     size = {kind: path.stat().st_size for kind, path in paths.items()}
     size["zip"] = zipped(paths["float32"], folder / "float32.zip")
     export_onnx(model, folder / "onnx", torch.randn(1, *NETWORKS[network].input), layers=layers)
@@ -146,10 +141,8 @@ def measure_bits(
         "entropy_coded_over_entropy": 8 * (size["entropy_coded"] - rest) / order0,
         "entropy_coded_over_limit": (size["entropy_coded"] - rest) / (1.03 * order0 / 8 + 1024 * len(layers)),
         "save_seconds": save_seconds,
-        "load_seconds": load_seconds,
-        "load_peak_memory": {
-            kind: fresh_process(peak_memory, network, str(path), kind) / float32 for kind, path in paths.items()
-        },
+        "load_seconds": {kind: spent for kind, (spent, _) in loaded.items()},
+        "load_peak_memory": {kind: peak / float32 for kind, (_, peak) in loaded.items()},
     }
 
 
@@ -176,15 +169,11 @@ def fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.apply(function, arguments)
 
 
-def peak_memory(network: str, path: str, kind: str) -> int:
-    """Bytes by which resident memory grows at most while a file is loaded, the network's own included; Linux only."""
+def load(network: str, path: str, kind: str, rounds: int) -> tuple[float, int]:
+    """Median seconds of loading a file, and bytes by which resident memory grows meanwhile; Linux only.
 
-    def load(path: str, model: nn.Module) -> None:
-        if kind == "float32":
-            model.load_state_dict(load_file(path))
-        else:
-            load_packed(path, model)
-
+    The growth is the largest of the first round, the network's own memory included.
+    """
     with tempfile.TemporaryDirectory() as folder:  # what libraries take once is not the file's
         small, tiny = nn.Linear(8, 8), str(Path(folder) / "tiny")
         nn.init.ones_(small.weight)
@@ -192,12 +181,20 @@ def peak_memory(network: str, path: str, kind: str) -> int:
             save_file(small.state_dict(), tiny)
         else:
             save_packed(small, tiny, entropy_coded=kind == "entropy_coded")
-        load(tiny, small)
+        load_into(small, tiny, kind)
     model = build(network)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew; getrusage's outlives even exec
     before = status("VmRSS")
-    load(path, model)
-    return status("VmHWM") - before
+    load_into(model, path, kind)
+    grown = status("VmHWM") - before
+    return seconds(rounds, {kind: lambda: load_into(model, path, kind)})[kind], grown
+
+
+def load_into(model: nn.Module, path: str, kind: str) -> None:
+    if kind == "float32":
+        model.load_state_dict(load_file(path))
+    else:
+        load_packed(path, model)
 
 
 def status(key: str) -> int:
