@@ -160,7 +160,7 @@ def draw_rounding() -> Figure:
         values[1:][np.diff(values) != 0] = np.nan  # no risers
         axes.plot(w, values, style, color=color, linewidth=2.5, label=f'underflow="{underflow}"')
     levels = [2.0**-k for k in range(4)]
-    axes.set_yticks([0, *levels], ["0", *(f"2^{-k}" if k else "1 = 2^n1" for k in range(4))])
+    axes.set_yticks([0, *levels], ["0", *(f"$2^{{{-k}}}$" if k else "$1 = 2^{n1}$" for k in range(4))])
     ticks = [1 / 16, 1 / 8, 3 / 16, 3 / 8, 3 / 4, 3 / 2]
     axes.set_xticks(ticks, ["1/16", "\n1/8", "3/16", "3/8", "3/4", "3/2"])
     for tick in ticks:
@@ -169,7 +169,7 @@ def draw_rounding() -> Figure:
     axes.annotate("ties go up", (0.75, 0.5), (0.83, 0.4), arrowprops={"arrowstyle": "->", "color": RULE}, **note)
     axes.annotate("beyond: saturation", (1.6, 1.0), (1.32, 0.8), arrowprops={"arrowstyle": "->", "color": RULE}, **note)
     axes.set(xlabel="|w|", ylabel="level", xlim=(0, 1.9), ylim=(-0.04, 1.25))
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(frameon=False, loc="lower right")
     return figure
 
 
@@ -340,7 +340,7 @@ def animate(run: Recorder, path: Path) -> None:
     axes.set_ylim(grid.n2 - 2.5, grid.n1 + 1)
     axes.set_xticks([0, 1], ["smallest", "largest"])
     axes.set_yticks([grid.n2 - 2, *range(grid.n2, grid.n1 + 1)])
-    axes.set_yticklabels(["0", *(f"2^{k}" for k in range(grid.n2, grid.n1 + 1))])
+    axes.set_yticklabels(["0", *(f"$2^{{{k}}}$" for k in range(grid.n2, grid.n1 + 1))])
     for level in (grid.n2 - 2, *range(grid.n2, grid.n1 + 1)):
         axes.axhline(level, color=RULE, linewidth=0.6, alpha=0.6, zorder=0)
     dots = axes.scatter([], [], s=7, linewidths=0)

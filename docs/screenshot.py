@@ -16,7 +16,7 @@ PAGES = {  # by image: folder of runs, page, size of the window
     "scalars": ("demo", "scalars&tagFilter=inq%2F|acc|loss&regexInput=quantize&_smoothingWeight=0", "1500,1000"),
     "figures": ("demo", "images&regexInput=quantize", "1500,720"),
     "histograms": ("demo", "histograms&regexInput=quantize", "1500,1000"),
-    "layout": ("demo", "custom_scalars&regexInput=quantize&_smoothingWeight=0", "1500,1000"),
+    "layout": ("demo", "custom_scalars&regexInput=quantize&_smoothingWeight=0", "1500,1180"),
     "hparams": ("sweep", "hparams", "2300,440"),
 }
 

@@ -12,7 +12,12 @@ import threading
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = {"site-home": "", "site-tutorial": "tutorial/"}
+PAGES = {
+    "site-home": "",
+    "site-tutorial": "tutorial/",
+    "site-how-to": "how-to/watch/",
+    "site-configuration": "configuration/",
+}
 
 
 def main() -> None:
