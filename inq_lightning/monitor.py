@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -95,12 +95,12 @@ class INQMonitor(_Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the training metrics."""
         self._record(trainer, _metrics(trainer, "train"))
-        self._group(trainer)
+        self._group(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the final state, its size and the hyper-parameters."""
         inq = _inq(trainer)
-        self._group(trainer)
+        self._group(trainer, pl_module)
         self._show(trainer, pl_module)
         if not trainer.is_global_zero:
             return
@@ -183,21 +183,25 @@ class INQMonitor(_Callback):
         for logger, draw in loggers:
             draw(logger, tag, drawn, trainer.global_step if step is None else step)
 
-    def _group(self, trainer: Trainer) -> None:
+    def _group(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write TensorBoard's layout of scalars, once the names of the metrics are known."""
         if self._grouped or not trainer.is_global_zero:
             return
         self._grouped = True
-        layout = _layout(trainer.callback_metrics)
+        layout = _layout([*trainer.callback_metrics, *sorted(self._names(pl_module) - set(trainer.callback_metrics))])
         for logger in _loggers(trainer, "TensorBoardLogger"):
             logger.experiment.add_custom_scalars(layout)
 
+    def _names(self, pl_module: LightningModule) -> set[str]:
+        """Metrics so far, and those of a test, which comes after fit: TensorBoard counts only what is named first."""
+        names = {name for point in self._history for name in point["metrics"]}
+        if is_overridden("test_step", pl_module):
+            names |= {re.sub("^val(id(ation)?)?", "test", name) for name in names if _is_of(name, "val")}
+        return names
+
     def _compare(self, logger: Any, pl_module: LightningModule, inq: INQCallback) -> None:
         """Write what TensorBoard's HPARAMS tab compares: hyper-parameters, and which scalars are the result."""
-        names = {name for point in self._history for name in point["metrics"]}
-        if is_overridden("test_step", pl_module):  # a test comes after fit, and only the first set of names counts
-            names |= {re.sub("^val(id(ation)?)?", "test", name) for name in names if _is_of(name, "val")}
-        names |= {"inq/quantized_fraction", "inq/bytes"}
+        names = self._names(pl_module) | {"inq/quantized_fraction", "inq/bytes"}
         hparams = _flat(pl_module.hparams) | _settings(inq)
         with contextlib.suppress(ModuleNotFoundError):  # the logger writes through tensorboardX
             from torch.utils.tensorboard.summary import hparams as summarize
@@ -284,7 +288,7 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _layout(metrics: Mapping[str, Any]) -> dict[str, dict[str, list[Any]]]:
+def _layout(metrics: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
     """Charts by category; TensorBoard takes the names for regular expressions."""
 
     def chart(*names: str) -> list[Any]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -29,7 +30,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor
 
 from inq_lightning import INQCallback, Schedule
-from inq_lightning.monitor import INQMonitor
+from inq_lightning.monitor import INQMonitor, _layout
 
 SHORT = {0: 0.5, 1: 1.0}
 FIGURES = ["inq/exponents", "inq/heatmap", "inq/metrics"]
@@ -127,7 +128,14 @@ def test_the_layout_groups_scalars_that_exist(shown: EventAccumulator) -> None:
     scalars = {f"^{tag}$".replace("-", r"\-") for tag in shown.Tags()["scalars"]}
     for chart in charts["INQ"].values():
         assert set(chart) <= scalars
-    assert "^val/acc$" in charts["metrics"]["acc"]
+    assert {"^val/acc$", "^test/acc$"} <= set(charts["metrics"]["acc"])
+
+
+def test_the_layout_has_a_chart_of_all_layers_where_they_are_logged() -> None:
+    charts = _layout(["inq/quantized_fraction", "inq/quantized_fraction/a.weight", "inq/quantized_fraction/b.weight"])
+    (pattern,) = charts["INQ"]["quantized fraction by layer"][1]
+    assert re.match(pattern, "inq/quantized_fraction/b.weight")
+    assert not re.match(pattern, "inq/quantized_fraction")
 
 
 def plugin(shown: EventAccumulator, tag: str) -> HParamsPluginData:

@@ -58,7 +58,8 @@ def test_the_python_snippets_of_every_document_run_in_their_order(
 
 @pytest.mark.parametrize("line", CONSOLE)
 def test_every_command_of_the_documents_composes(line: str) -> None:
-    arguments = shlex.split(line.split(" # ")[0])[1:]
+    arguments = shlex.split(line.split(" | ")[0], comments=True)[1:]
+    arguments = ["output=json" if argument == "--json" else argument for argument in arguments]
     if "-m" in arguments:  # the first of the values that a sweep goes through
         arguments = [a if "[" in a else a.split(",")[0] for a in arguments if a != "-m"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
