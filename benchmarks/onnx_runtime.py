@@ -49,9 +49,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "ResNet-20, 32×32": (lambda: ResNetCIFAR(20), (3, 32, 32)),
 }
 CONVOLUTIONAL = ("ResNet-20, 32×32",)  # nothing that speed=True would change
+# By the first part of a trained network's name, such as "ResNet-20, CIFAR-10".
 TRAINED: dict[str, tuple[Callable[[], nn.Module], Callable[[str], LightningDataModule]]] = {
-    "SmallCNN, digits": (SmallCNN, lambda _: DigitsDataModule()),
-    "ResNet-20, CIFAR-10": (lambda: ResNetCIFAR(20), lambda path: NpzDataModule(path)),
+    "SmallCNN": (SmallCNN, lambda _: DigitsDataModule()),
+    "ResNet-20": (lambda: ResNetCIFAR(20), lambda path: NpzDataModule(path)),
 }
 
 
@@ -188,7 +189,7 @@ def load(path: str, mode: str) -> dict[str, float]:
 @torch.no_grad()
 def predictions(name: str, checkpoint: Path, data: str) -> dict[str, Any]:
     """Size of a trained network's file, and how many of all test images it classifies as torch does."""
-    make, make_data = TRAINED[name]
+    make, make_data = TRAINED[name.split(",")[0]]
     network, datamodule = make().eval(), make_data(data)
     saved = read_checkpoint(checkpoint)
     network.load_state_dict({key.removeprefix("net."): value for key, value in saved.state_dict.items()})
