@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import sys
 from collections.abc import Iterable
 from typing import Any, Literal, cast, get_args
 
@@ -19,9 +18,13 @@ from inq_lightning.grid import PowerOfTwoGrid
 Activations = Literal["float", "int8"]
 
 LINEAR_BITS = 5  # up to here a weight is an integer of at most ±128 times 2^n2
-BLOCK = 1 << 20  # codes that stay in a core's cache while several rows are multiplied by them
-SMALL = 1 << 17  # codes of a layer below which integer products cost more than they save
-SPARSE = 100  # one code in so many may be corrected one by one, rather than all at once
+SMALL = 1 << 17  # codes of a layer below which multiplying by codes costs more than it saves
+WIDTH = 256  # outputs computed at a time: one pass of the processor's registers over the inputs
+NARROW = 128  # outputs below which the 8 bytes a row of the table weigh too much
+SEGMENT = 128  # products in one float32 sum, which keep its rounding below that of a matrix product
+FEW_SUMS = 4  # rows of input up to which weighted sums are faster than decoding a block for a matrix product
+FEW_PRODUCTS = 16  # the same for int8: oneDNN multiplies a single row much faster than several
+SPARSE = 100  # one code in so many may be corrected one by one
 LONGEST = 131_071  # inputs whose products of at most 128·128 still add up within int32
 
 
@@ -39,18 +42,17 @@ def to_packed(
     :class:`Packed`) in the place of ``weight``; ``weight`` stays readable, decoded anew each time. Kept in floating
     point are all other quantized layers (LSTM, attention, embedding, subclasses that may compute something else,
     parametrized layers) and weights shared with one of these. Weights shared among swapped layers share their codes,
-    until ``.to()`` moves the model.
+    until ``.to()`` moves the model or ``load_state_dict`` fills it.
 
-    Convolutions decode their weight and compute as before: bit-identical. So do linear layers of 6 bits and more, of
-    fewer than 2^17 weights, and wherever the following does not apply. It applies to eager float32 inference on a CPU
-    with VNNI instructions, outside autocast and without gradients to the input:
+    Convolutions decode their weight and compute as before: bit-identical, in the memory format of the network. So do
+    linear layers, except for those of up to 5 bits and at least 2^17 weights:
 
-    - ``activations="float"``: each row of the input becomes fixed-point numbers of 23 bits, whose products with
-      the integer weights are exact. One output differs from the exact one by at most 2^-22 · max|x| · Σ|w| over its
-      row of weights, where max|x| is 2^-100 or more, besides its own rounding.
-    - ``activations="int8"``: linear layers of up to 5 bits and at least 2^17 weights round each row of the input to
-      multiples of max|x| / 127, on any device. One output differs by at most max|x| / 254 · Σ|w| and float's
-      rounding. No gradient reaches the input of these layers.
+    - ``activations="float"``: in float32 inference on an x86 CPU, without compilation, autocast and gradients to the
+      input, layers of at least 128 outputs multiply by the codes as they are, in float32, summing up to 128 products
+      at a time. The error is about that of float32 torch; one output's is at most
+      2^-24 · (256 + in_features / 128) · 2^(n1 + 1) · Σ|x|, besides rounding the sum.
+    - ``activations="int8"``: each row of the input is rounded to multiples of max|x| / 127, on any device. One output
+      differs by at most max|x| / 254 · Σ|w| and float's rounding. No gradient reaches the input of these layers.
 
     Args:
         model: The network; left as it is.
@@ -60,7 +62,8 @@ def to_packed(
         allow_partial: Whether to keep layers that are not on a grid in floating point, rather than refuse the network.
 
     Returns:
-        The copy, on the same device. Load its state_dict into another `to_packed` of the same architecture.
+        The copy, on the same device. Load its state_dict into another `to_packed` of the same architecture, whatever
+        its bits and activations.
 
     Raises:
         ValueError: ``activations`` is unknown, or parameters are not on their grids.
@@ -81,13 +84,18 @@ def to_packed(
     weights = {id(p): p for p in model.parameters() if id(p) in swapped}
     packed = copy.deepcopy(model, dict(weights))
     codes = {key: _encode(swapped[key], weight.detach()) for key, weight in weights.items()}
+    first: dict[int, Packed] = {}
     for module in packed.modules():
         weight = module._parameters.get("weight") if type(module) in PACKED else None
         if weight is not None and id(weight) in swapped:
             del module._parameters["weight"]
             # Hooks and settings stay what they are, and so does isinstance.
             module.__class__ = PACKED[type(module)]
-            cast("Packed", module)._fill(*codes[id(weight)], swapped[id(weight)], weight.dtype, activations)
+            layer = cast("Packed", module)
+            if (twin := first.setdefault(id(weight), layer)) is not layer:
+                layer._share(twin)
+            else:
+                layer._fill(*codes.pop(id(weight)), swapped[id(weight)], weight.dtype, activations)
     return packed
 
 
@@ -107,7 +115,8 @@ class Packed(nn.Module):
     Attributes:
         codes: int8, the shape of the weight. Up to 5 bits, the weight as a multiple of 2^n2, or the negative of it:
             int8 holds -128 but not 128, for which 127, no power of two, stands where a layer has both. With more bits,
-            the codes of :meth:`PowerOfTwoGrid.encode <inq_lightning.grid.PowerOfTwoGrid.encode>`.
+            the codes of :meth:`PowerOfTwoGrid.encode <inq_lightning.grid.PowerOfTwoGrid.encode>`. Large linear layers
+            in float mode have them in their state_dict only, see :class:`PackedLinear`.
         grid: int64 of shape (3,): bits, n2, and the sign of the codes.
     """
 
@@ -125,139 +134,177 @@ class Packed(nn.Module):
         self.activations = activations
         self._read_grid()
 
+    def _share(self, twin: Packed) -> None:
+        self._buffers.update(twin._buffers)
+        self._non_persistent_buffers_set.update(twin._non_persistent_buffers_set)
+        vars(self).update({name: value for name, value in vars(twin).items() if name not in vars(self)})
+
     def _read_grid(self) -> None:
-        bits, self._n2, sign = (int(number) for number in self.grid)
-        self._linear = bits <= LINEAR_BITS
-        self._wide = self._linear and sign < 0 and bool((self.codes == 127).any())
+        self._bits, self._n2, sign = (int(number) for number in self.grid)
+        self._linear = self._bits <= LINEAR_BITS
+        self._wide = self._linear and sign < 0 and bool((self._natural() == 127).any())
         self._scale = math.ldexp(sign, self._n2)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self._read_grid()
 
+    def _natural(self) -> Tensor:
+        """The codes in the shape of the weight, however a layer keeps them."""
+        return self._buffers["codes"]  # type: ignore[return-value]  # faster than the attribute
+
     def _decode(self) -> Tensor:
         """The weight in floating point, bit for bit what was packed; not kept."""
-        zero, dtype = self._zero, self._zero.dtype
+        codes, zero = self._natural(), cast("Tensor", self._buffers["_zero"])
+        dtype = zero.dtype
         if dtype.itemsize < 4 or (dtype is torch.float32 and self._n2 < -126):
             zero = zero.double()  # the step may be too small for the type, and the result not
         if not self._linear:
-            codes = self.codes.to(zero.dtype)
+            codes = codes.to(zero.dtype)
             return torch.ldexp(codes.sign(), codes.abs() + (self._n2 - 1)).to(dtype)
-        weight = torch.add(zero, self.codes, alpha=self._scale)  # in the type of zero; 0 times -1 would be -0.0
+        weight = torch.add(zero, codes, alpha=self._scale)  # in the type of zero; 0 times -1 would be -0.0
         if self._wide:
-            functional.threshold(weight, 126.5 * self._scale, 128 * self._scale, inplace=True)
-        return weight.to(dtype)
+            torch.threshold_(weight, 126.5 * self._scale, 128 * self._scale)
+        return weight if weight.dtype is dtype else weight.to(dtype)
 
     weight: Any = property(_decode)
 
 
 class PackedLinear(Packed, nn.Linear):
-    """A linear layer on codes."""
+    """A linear layer on codes.
 
-    _top: tuple[Tensor, Tensor] | None = None
+    A large one in float mode keeps its codes as a table for PyTorch's quantized embedding bags, which compute weighted
+    sums of rows of bytes: a row for each input, with the codes of up to 256 outputs plus the smallest that makes
+    them unsigned, the scale, and what that addition comes to. So the weights stay bytes on their way to the registers.
+    """
+
+    _table: Tensor | None  # uint8 (blocks · in_features, outputs of a block + 8)
+    _rows: Tensor  # int32, all rows of the table
+    _starts: Tensor  # int32, the row where each sum begins
+    _top: Tensor | None  # int32, the inputs of codes that stand for 128, output by output
+    _top_starts: Tensor  # int32, the first of them of each output
 
     def _read_grid(self) -> None:
         super()._read_grid()
-        self._top = None
+        self.register_buffer("_table", None, persistent=False)
+        self.register_buffer("_top", None, persistent=False)
+        codes, limit = self.codes, self.codes.numel() // SPARSE
+        self._large = self._linear and codes.numel() >= SMALL and self.in_features <= LONGEST
+        self._fast = self._large and (not self._wide or int((codes == 127).sum()) <= limit)
+        if not self._fast:
+            return
         if self._wide:
-            rows, columns = (self.codes == 127).nonzero(as_tuple=True)
-            if len(rows) * SPARSE < self.codes.numel():
-                self._top = rows[None], columns
+            outputs, inputs = (codes == 127).nonzero(as_tuple=True)
+            counts = outputs.bincount(minlength=self.out_features)
+            self.register_buffer("_top", inputs.int(), persistent=False)
+            self.register_buffer("_top_starts", (counts.cumsum(0) - counts).int(), persistent=False)
+        exact = self._zero.dtype is torch.float32 and -126 <= self._n2 <= 119  # the scale, and 128 of it
+        if self.activations == "float" and self.out_features >= NARROW and exact and _has_bags():
+            self._tabulate()
+
+    def _tabulate(self) -> None:
+        """Replace the codes by the table."""
+        n, k, device = self.out_features, self.in_features, self.codes.device
+        blocks = -(-n // WIDTH)
+        width = -(-n // blocks)
+        offset = self._offset()
+        codes = functional.pad(self.codes.view(torch.uint8), (0, 0, 0, blocks * width - n)) + offset  # modulo 256
+        tail = torch.tensor([self._scale, -offset * self._scale], device=device).view(torch.uint8)
+        table = torch.cat([codes.view(blocks, width, k).transpose(1, 2), tail.expand(blocks, k, 8)], 2)
+        sums = -(-k // SEGMENT)
+        starts = torch.arange(sums, device=device) * k // sums + torch.arange(blocks, device=device)[:, None] * k
+        self.register_buffer("_table", table.view(blocks * k, width + 8), persistent=False)
+        self.register_buffer("_rows", torch.arange(blocks * k, dtype=torch.int32, device=device), persistent=False)
+        self.register_buffer("_starts", starts.flatten().int(), persistent=False)
+        del self.codes
+
+    def _offset(self) -> int:
+        return int(1 << ((1 << (self._bits - 2)) - 1))  # the largest magnitude
+
+    def _natural(self) -> Tensor:
+        table = self._buffers.get("_table")
+        if table is None:
+            return super()._natural()
+        codes = table[:, :-8].view(-1, self.in_features, table.shape[1] - 8).transpose(1, 2)
+        return (codes.reshape(-1, self.in_features)[: self.out_features] - self._offset()).view(torch.int8)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}codes"] = self._natural()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.register_buffer("codes", self._natural())
+        self._table = None
+        super()._load_from_state_dict(*args)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Map (..., in_features) to (..., out_features)."""
-        if not self._linear or self.codes.numel() < SMALL or self.in_features > LONGEST:
-            return functional.linear(input, self.weight, self.bias)
-        exact = self._can_multiply_integers(input)
-        if self.activations == "float" and not exact:
+        if not self._large or (self.activations == "float" and not self._multiplies_codes(input)):
             return functional.linear(input, self.weight, self.bias)
         rows = input.reshape(-1, self.in_features)
-        digits, scale = (_fixed_point if self.activations == "float" else _int8)(rows)
-        if exact:
-            product = self._multiply(digits, rows, scale)
-        else:
-            product = functional.linear(digits[0].to(input.dtype), self.weight).mul_(scale)
+        product = self._multiply_int8(rows) if self.activations == "int8" else self._multiply(rows)
         if self.bias is not None:
             product += self.bias
-        return product.view(*input.shape[:-1], self.out_features)
+        return product.reshape(*input.shape[:-1], self.out_features)
 
-    def _can_multiply_integers(self, x: Tensor) -> bool:
-        """Whether int8 products are at hand that are faster than float ones."""
+    def _multiplies_codes(self, x: Tensor) -> bool:
+        """Whether the codes can be multiplied by as they are, which torch can neither compile nor differentiate."""
         if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype is not torch.float32:
             return False
         if self._zero.dtype is not x.dtype or x.numel() == 0 or torch.is_autocast_enabled("cpu"):
             return False
-        return not (torch.is_grad_enabled() and x.requires_grad) and _has_fast_int8()
+        ready = self._buffers["_table"] is not None if self.activations == "float" else self._fast and _has_fast_int8()
+        return ready and not (torch.is_grad_enabled() and x.requires_grad)
 
-    def _multiply(self, digits: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
-        """Products of ``rows`` with the weights.
+    def _multiply(self, rows: Tensor) -> Tensor:
+        """float32 products of ``rows``, float32 (m, in_features), with the weights."""
+        m, k = rows.shape
+        table = cast("Tensor", self._table)
+        blocks = len(table) // k
+        if m <= FEW_SUMS:
+            sums = [
+                torch.ops.quantized.embedding_bag_byte_rowwise_offsets.default(
+                    table, self._rows, self._starts, False, 0, False, row.expand(blocks, k).reshape(-1)
+                )
+                for row in rows
+            ]
+            product = torch.stack(sums).view(m, blocks, -1, table.shape[1] - 8).sum(2).view(m, -1)
+        else:  # block by block, which the cache holds
+            decode = torch.ops.quantized.embedding_bag_byte_unpack.default
+            product = torch.cat([rows @ decode(block) for block in table.view(blocks, k, -1)], 1)
+        return self._add_top(product[:, : self.out_features], rows, self._scale)
 
-        Args:
-            digits: int8 (d, m, in_features), the lowest first.
-            rows: float32 (m, in_features), what the digits stand for.
-            scale: float32 (m, 1), the worth of the lowest digit.
+    def _multiply_int8(self, rows: Tensor) -> Tensor:
+        """Products of ``rows`` (m, in_features), each rounded to multiples of max|x| / 127, with the weights."""
+        scale = torch.linalg.vector_norm(rows, math.inf, 1, keepdim=True).div_(127)
+        scale = scale.clamp_(min=torch.finfo(scale.dtype).tiny)
+        scale = scale.masked_fill_(scale == math.inf, math.nan)
+        rounded = (rows / scale).round_()
+        if not self._multiplies_codes(rows):
+            return functional.linear(rounded, self.weight).mul_(scale)
+        parts = rounded.to(torch.int8).split(1 if len(rows) <= FEW_PRODUCTS else len(rows))
+        codes = self.codes.t()
+        product = torch.cat([torch._int_mm(part, codes) for part in parts]).to(rows.dtype)
+        return self._add_top(product, rounded, 1).mul_(scale.mul_(self._scale))
 
-        Returns:
-            float32 of shape (m, out_features).
-        """
-        d, m, _ = digits.shape
-        few = m <= 2  # oneDNN multiplies a single row much faster than several
-        parts = list(digits.view(d * m, 1, -1)) if few else [digits.view(d * m, -1)]
-        sparse = few and self._top is not None
-        # All rows go over a block of codes while it is in the cache.
-        size = max(16, BLOCK // self.in_features) if len(parts) > 1 else self.out_features
-        blocks = torch.split(self.codes, size)
-        sums = torch.cat([_products(parts, block, self._wide and not sparse) for block in blocks], 1)
-        sums = sums.view(d, m, -1)
-        product = sums[0].double()
-        for place, digit in enumerate(sums[1:], 1):
-            product.add_(digit, alpha=256**place)
-        product = product.mul_(scale * self._scale).float()
-        if sparse and self._top is not None:
-            top, columns = self._top
-            product.scatter_add_(1, top.expand(m, -1), rows[:, columns].mul_(self._scale))
-        return product
+    def _add_top(self, product: Tensor, rows: Tensor, step: float) -> Tensor:
+        """Add once more, worth ``step``, what is to be multiplied by 128 and was by 127."""
+        if (top := self._top) is None:
+            return product
+        missing = torch.embedding_bag(rows.t().contiguous(), top, self._top_starts, False, 0)[0]
+        return product.add_(missing.t(), alpha=step)
 
 
-def _products(parts: list[Tensor], block: Tensor, wide: bool) -> Tensor:
-    """int32 products of int8 rows with a block of the integer weights; ``wide`` where 127 stands for 128."""
-    codes = block.t()
-    product = torch.cat([torch._int_mm(part, codes) for part in parts])
-    if wide:  # add 1 there, which is max(code, 126) - 126
-        top = block.clamp(min=126).t()
-        product += torch.cat([torch._int_mm(part, top) - 126 * part.sum(1, keepdim=True) for part in parts])
-    return product
+@functools.cache
+def _has_bags() -> bool:
+    """Whether the quantized embedding bags are compiled for this processor, and not merely present."""
+    return "fbgemm" in torch.backends.quantized.supported_engines
 
 
 @functools.cache
 def _has_fast_int8() -> bool:
     supported = getattr(torch.cpu, "_is_vnni_supported", None)  # private, as _int_mm is: torch may drop either
     return hasattr(torch, "_int_mm") and supported is not None and bool(supported()) and torch._C._has_mkldnn
-
-
-def _fixed_point(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row as three int8 digits to base 256, the lowest first, 23 bits in all; and the worth of the lowest."""
-    # A power of two, so that whole numbers stay exact, held by float32 for the smallest rows too; nan for inf and nan.
-    largest = torch.linalg.vector_norm(rows, math.inf, 1, keepdim=True).clamp_(min=2.0**-100)
-    scale = largest.div_(torch.frexp(largest).mantissa).mul_(2.0**-22)
-    number = (rows / scale).round_().int()
-    # Bytes hold digits from 0 to 255: with 128 added to each they carry as they should, and a flipped highest bit takes
-    # the 128 away again.
-    number.add_(0x808080).bitwise_xor_(0x808080)
-    digits = number.view(torch.int8).view(*rows.shape, 4)[..., :3] if sys.byteorder == "little" else _shifted(number)
-    return digits.permute(2, 0, 1).contiguous(), scale
-
-
-def _shifted(number: Tensor) -> Tensor:
-    return torch.stack([number.to(torch.int8), (number >> 8).to(torch.int8), (number >> 16).to(torch.int8)], -1)
-
-
-def _int8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each row to multiples of max|x| / 127."""
-    scale = torch.linalg.vector_norm(rows, math.inf, 1, keepdim=True).div_(127)
-    scale = scale.clamp_(min=torch.finfo(scale.dtype).tiny)
-    scale = scale.masked_fill_(scale == math.inf, math.nan)
-    return (rows / scale).round_().clamp_(-127, 127).to(torch.int8)[None], scale
 
 
 class PackedConv1d(Packed, nn.Conv1d):
