@@ -54,6 +54,7 @@ def rows(**changes: Any) -> list[page.Row]:
         (rows(median=4.0, error=1e-3), ["**no**", "yes", "yes", "yes", "yes", "yes"]),  # float activations are off
         (rows(median=0.9, memory=0.31), ["**no**"] * 6),
         (rows(median_vs_onnxruntime=1.5, more="keys"), ["yes", "**no**", "yes", "yes", "yes", "yes"]),
+        (rows(median_vs_default=0.9), ["yes", "**no**", "**no**", "**no**", "**no**", "**no**"]),
     ],
 )
 def test_latencies_are_judged_by_what_was_measured(latency: list[page.Row] | None, verdicts: list[str]) -> None:
