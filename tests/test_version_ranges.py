@@ -20,12 +20,14 @@ else:
 ROOT = Path(__file__).parents[1]
 # What the core promises; that of test_packages.py runs in the unified package as well.
 TESTS = ("test_callback.py", "test_schedule.py", "test_config.py", "test_packages.py")
+EXPORT_TESTS = ("test_artifact.py", "test_codec.py", "test_accelerator.py", "test_onnx.py")
 HELPERS = ("conftest.py", "support.py", "oracle.py")
 TOOLS = ("pytest", "hypothesis", "jsonargparse[signatures]")  # of the tests; their versions are not what is tested
 
 
-def declared() -> list[str]:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+def declared(extra: str | None = None) -> list[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return project["optional-dependencies"][extra] if extra else project["dependencies"]
 
 
 def versions(end: str) -> list[str]:
@@ -34,8 +36,13 @@ def versions(end: str) -> list[str]:
     others = [r for r in declared() if not r.startswith("torch>")]
     (lightning,) = (r.replace("pytorch-", "") for r in others if r.startswith("pytorch-lightning"))
     if end == "lowest":
-        return [torch, *(r.replace(">=", "==") for r in [*others, lightning])]
+        return [torch, *map(lowest, [*others, lightning])]
     return [torch, *others, lightning]
+
+
+def lowest(requirement: str) -> str:
+    """The requirement of the lowest version; what comes after a semicolon is a condition."""
+    return requirement.replace(">=", "==", 1)
 
 
 def test_the_lowest_versions_are_those_declared() -> None:
@@ -55,25 +62,43 @@ def run(*command: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
+def environment(end: str, folder: Path, *requirements: str) -> Path:
+    """Where the programs of a new environment are that has what is required, and the tests' tools."""
+    run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
+    programs = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
+    run(programs / "python", "-m", "pip", "install", "--quiet", *requirements, *TOOLS, cwd=folder)
+    installed = json.loads(run(programs / "python", "-m", "pip", "list", "--format", "json", cwd=folder))
+    print(end, {p["name"]: p["version"] for p in installed})
+    return programs
+
+
+def copies(names: tuple[str, ...], folder: Path) -> list[str]:
+    """Copies of tests, so that they import what is installed."""
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    (folder / "tests").mkdir()
+    for name in names + HELPERS:
+        shutil.copy(ROOT / "tests" / name, folder / "tests")
+    return [f"tests/{name}" for name in names]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["lowest", "newest"])
 def test_the_core_and_the_application_work_at_both_ends_of_the_declared_ranges(end: str, tmp_path: Path) -> None:
-    run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
-    programs = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin")
-    pip = [programs / "python", "-m", "pip", "install", "--quiet"]
-    run(*pip, f"{ROOT}[train]", *versions(end), *TOOLS, cwd=tmp_path)
-    installed = json.loads(run(programs / "python", "-m", "pip", "list", "--format", "json", cwd=tmp_path))
-    print(end, {p["name"]: p["version"] for p in installed})
-
-    # A copy, so that the tests import what is installed.
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    shutil.copytree(ROOT / "examples", tmp_path / "examples")
-    (tmp_path / "tests").mkdir()
-    for name in TESTS + HELPERS:
-        shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
-    print(run(programs / "python", "-m", "pytest", *(f"tests/{name}" for name in TESTS), cwd=tmp_path))
+    programs = environment(end, tmp_path, f"{ROOT}[train]", *versions(end))
+    print(run(programs / "python", "-m", "pytest", *copies(TESTS, tmp_path), cwd=tmp_path))
 
     short = ["pretrain.max_epochs=1", "inq.schedule.portions=[0.5,1.0]", "inq.schedule.epochs_per_phase=1"]
     run(programs / "inq-train", *short, "inq.bits=4", f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
     assert json.loads((tmp_path / "run" / "report.json").read_text())["quantized_fraction"] == 1
+    shutil.rmtree(tmp_path / "venv")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["lowest", "newest"])
+def test_all_formats_are_exported_at_both_ends_of_the_declared_ranges(end: str, tmp_path: Path) -> None:
+    export = [lowest(r) if end == "lowest" else r for r in declared("export")]
+    programs = environment(end, tmp_path, f"{ROOT}[train]", *versions(end), *export)
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
+    print(run(programs / "python", "-m", "pytest", *copies(EXPORT_TESTS, tmp_path), cwd=tmp_path))
     shutil.rmtree(tmp_path / "venv")
