@@ -306,6 +306,12 @@ against the largest output.
         cells = [row[key] for key in ("network", "bits", "activations", "batch")]
         rows.append((*cells, f"{row['float32_ms']:.2f}", *speeds, f"{row['memory']:.2f} ×", f"{row['error']:.0e}"))
     yield table(heads, rows)
+    if any(verdict != "yes" for *_, verdict in latency_promises(latency)):
+        yield """
+Convolutions, and linear layers of fewer than 2^17 weights, decode their weights each time they run and then compute as
+float32 does; in somewhat larger ones, rounding the activations takes the time that their products save. At batch 1 such
+networks gain memory, not speed. In ONNX Runtime, a multilayer perceptron gains speed with `speed=True`, see below.
+"""
 
 
 def onnx_tables(onnx: Any) -> Iterable[str]:
@@ -383,9 +389,10 @@ def bit_list(rows: Sequence[Row]) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table in Markdown; columns whose first cell begins with a digit are aligned to the right."""
+    """A table in Markdown; columns of cells that begin with digits, or have none, are aligned to the right."""
     filled = [[str(cell) for cell in row] for row in rows]
-    numeric = [bool(filled) and filled[0][i][:1].isdigit() for i in range(len(heads))]
+    numeric = [all(cell[:1].isdigit() or cell == "–" for cell in column) for column in zip(*filled, strict=True)]
+    numeric = numeric or [False] * len(heads)
     lines = [heads, ["---:" if right else "---" for right in numeric], *filled]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

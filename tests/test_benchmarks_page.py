@@ -64,6 +64,6 @@ def test_latencies_are_judged_by_what_was_measured(latency: list[page.Row] | Non
 
 
 def test_numbers_are_aligned_to_the_right() -> None:
-    assert page.table(("a", "b"), [("x", 1)]) == "| a | b |\n| --- | ---: |\n| x | 1 |"
+    assert page.table(("a", "b"), [("x", 1), ("2", "–")]) == "| a | b |\n| --- | ---: |\n| x | 1 |\n| 2 | – |"
     assert page.between([0.25, 0.251], ".2f") == "0.25"
     assert page.between([0.2, 0.3], ".1f") == "0.2 to 0.3"
