@@ -122,12 +122,17 @@ def test_other_arguments_of_the_trainer_can_be_added() -> None:
     assert instantiate(cfg.trainer, logger=False, enable_checkpointing=False).test_loop.inference_mode is False
 
 
-@pytest.mark.parametrize(("bits", "exponent"), [(5, "max"), (4, "max"), (3, "mse"), (2, "mse")])
-def test_the_presets_of_the_bit_widths_differ_in_the_quantizer_only(bits: int, exponent: str) -> None:
+@pytest.mark.parametrize("bits", [5, 4, 3, 2])
+def test_the_presets_of_the_bit_widths_share_baseline_and_data_and_low_ones_get_what_they_need(bits: int) -> None:
     cfg = plain(configure(f"experiment=cifar10_resnet20_{bits}bit", "data.path=images.npz"))
-    assert (cfg["inq"]["bits"], cfg["inq"]["exponent"]) == (bits, exponent)
+    low = bits <= 3
+    assert cfg["inq"]["bits"] == bits
+    assert cfg["inq"]["exponent"] == ("mse" if low else "max")
+    assert cfg["inq"]["straight_through"] == low
+    assert (cfg["model"]["distillation"] > 0) == low
     shared = plain(configure("experiment=cifar10_resnet20", "data.path=images.npz"))
-    assert all(cfg[key] == shared[key] for key in ("data", "model", "pretrain"))
+    assert all(cfg[key] == shared[key] for key in ("data", "pretrain"))
+    assert cfg["model"]["net"] == shared["model"]["net"]
 
 
 @pytest.mark.parametrize(("depth", "batch_size"), [(18, 80), (50, 32)])

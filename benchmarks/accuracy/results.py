@@ -43,7 +43,11 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Portions", "", ("5bit", "5bit_alexnet", "3bit", "3bit_coarse")),
     ("Restarts", "", ("5bit", "5bit_no_restart", "5bit_reset_optimizer")),
     ("Pruned first", "", ("5bit", "5bit_pruned")),
-    ("What low bit widths need", "", ("2bit_max", "2bit", "2bit_first_last_8bit")),
+    (
+        "What low bit widths need",
+        "",
+        ("2bit", "2bit_max", "2bit_no_straight_through", "2bit_no_distillation", "2bit_first_last_8bit"),
+    ),
 )
 
 PUBLISHED = (
@@ -78,9 +82,13 @@ def gather(runs: Path) -> Results:
     results: Results = {}
     for path in sorted(runs.glob("*/*/result.json")):
         result = json.loads(path.read_text())
-        if (HERE / "conf" / "cell" / f"{result['name']}.yaml").exists():
+        if result["name"] in cells_of_the_study():
             results.setdefault(result["name"], {})[result["seed"]] = result
     return results
+
+
+def cells_of_the_study() -> list[str]:
+    return sorted(path.stem for path in (HERE / "conf" / "cell").glob("*.yaml"))
 
 
 def read(path: Path) -> Results:
@@ -90,8 +98,13 @@ def read(path: Path) -> Results:
     return {
         cell: {int(seed): result for seed, result in by_seed.items()}
         for cell, by_seed in json.loads(path.read_text()).items()
-        if (HERE / "conf" / "cell" / f"{cell}.yaml").exists()
+        if cell in cells_of_the_study()
     }
+
+
+def add(earlier: Results, later: Results) -> Results:
+    """Both, the later one where a cell has run with the same seed before."""
+    return {cell: {**earlier.get(cell, {}), **later.get(cell, {})} for cell in sorted({*earlier, *later})}
 
 
 def accuracy(result: dict[str, Any]) -> float:
@@ -193,6 +206,9 @@ def page(results: Results) -> str:
         parts += [f"## {title}", text] if text else [f"## {title}"]
         parts.append(table(results, cells))
         parts.append("\n".join(f"- `{cell}`: {description(cell)}" for cell in cells))
+    missing = [f"`{cell}`" for cell in cells_of_the_study() if cell not in results]
+    if missing:
+        parts += ["## Not run yet", f"The study has these cells, too: {', '.join(missing)}."]
     drawn = [cell for cell in ("5bit", "2bit") if cell in results]
     if drawn:
         parts += ["## Over the epochs", "![Validation accuracy over the epochs](images/accuracy-epochs.svg)"]
@@ -220,8 +236,7 @@ def main() -> None:
     kept = HERE / "results.json"
     results = read(kept)
     if runs is not None:
-        for cell, by_seed in gather(runs).items():
-            results.setdefault(cell, {}).update(by_seed)
+        results = add(results, gather(runs))
         kept.write_text(json.dumps(results, separators=(",", ":")) + "\n")
     (DOCS / "results.md").write_text(page(results))
     drawn = [cell for cell in ("5bit", "2bit") if cell in results]
