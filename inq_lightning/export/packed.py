@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any, Literal, cast, get_args
 
@@ -24,7 +25,7 @@ NARROW = 128  # outputs below which the 8 bytes a row of the table weigh too muc
 SEGMENT = 128  # products in one float32 sum, which keep its rounding below that of a matrix product
 FEW_SUMS = 4  # rows of input up to which weighted sums are faster than decoding a block for a matrix product
 FEW_PRODUCTS = 16  # the same for int8: oneDNN multiplies a single row much faster than several
-SPARSE = 100  # one code in so many may be corrected one by one
+SPARSE = 50  # one code in so many may be corrected one by one
 LONGEST = 131_071  # inputs whose products of at most 128·128 still add up within int32
 
 
@@ -182,7 +183,7 @@ class PackedLinear(Packed, nn.Linear):
     _rows: Tensor  # int32, all rows of the table
     _starts: Tensor  # int32, the row where each sum begins
     _top: Tensor | None  # int32, the inputs of codes that stand for 128, output by output
-    _top_starts: Tensor  # int32, the first of them of each output
+    _top_starts: Tensor  # int32, the first of them of each output, and their number
 
     def _read_grid(self) -> None:
         super()._read_grid()
@@ -190,14 +191,14 @@ class PackedLinear(Packed, nn.Linear):
         self.register_buffer("_top", None, persistent=False)
         codes, limit = self.codes, self.codes.numel() // SPARSE
         self._large = self._linear and codes.numel() >= SMALL and self.in_features <= LONGEST
-        self._fast = self._large and (not self._wide or int((codes == 127).sum()) <= limit)
+        self._fast = self._large and (not self._wide or (_has_sparse() and int((codes == 127).sum()) <= limit))
         if not self._fast:
             return
         if self._wide:
             outputs, inputs = (codes == 127).nonzero(as_tuple=True)
             counts = outputs.bincount(minlength=self.out_features)
             self.register_buffer("_top", inputs.int(), persistent=False)
-            self.register_buffer("_top_starts", (counts.cumsum(0) - counts).int(), persistent=False)
+            self.register_buffer("_top_starts", functional.pad(counts.cumsum(0), (1, 0)).int(), persistent=False)
         exact = self._zero.dtype is torch.float32 and -126 <= self._n2 <= 119  # the scale, and 128 of it
         if self.activations == "float" and self.out_features >= NARROW and exact and _has_bags():
             self._tabulate()
@@ -262,17 +263,19 @@ class PackedLinear(Packed, nn.Linear):
         table = cast("Tensor", self._table)
         blocks = len(table) // k
         if m <= FEW_SUMS:
+            bags = torch.ops.quantized.embedding_bag_byte_rowwise_offsets.default
             sums = [
-                torch.ops.quantized.embedding_bag_byte_rowwise_offsets.default(
-                    table, self._rows, self._starts, False, 0, False, row.expand(blocks, k).reshape(-1)
-                )
-                for row in rows
+                bags(table, self._rows, self._starts, False, 0, False, row.expand(blocks, k).reshape(-1))
+                for row in rows.unbind()
             ]
-            product = torch.stack(sums).view(m, blocks, -1, table.shape[1] - 8).sum(2).view(m, -1)
+            product = (sums[0] if m == 1 else torch.stack(sums)).view(m, blocks, -1, table.shape[1] - 8).sum(2)
+            product = product.view(m, -1)
         else:  # block by block, which the cache holds
             decode = torch.ops.quantized.embedding_bag_byte_unpack.default
             product = torch.cat([rows @ decode(block) for block in table.view(blocks, k, -1)], 1)
-        return self._add_top(product[:, : self.out_features], rows, self._scale)
+        if product.shape[1] > self.out_features:
+            product = product[:, : self.out_features]
+        return self._add_top(product, rows, self._scale)
 
     def _multiply_int8(self, rows: Tensor) -> Tensor:
         """Products of ``rows`` (m, in_features), each rounded to multiples of max|x| / 127, with the weights."""
@@ -291,14 +294,27 @@ class PackedLinear(Packed, nn.Linear):
         """Add once more, worth ``step``, what is to be multiplied by 128 and was by 127."""
         if (top := self._top) is None:
             return product
-        missing = torch.embedding_bag(rows.t().contiguous(), top, self._top_starts, False, 0)[0]
-        return product.add_(missing.t(), alpha=step)
+        size = (self.out_features, self.in_features)
+        worth = rows.new_full((len(top),), step)
+        missing = torch.sparse_csr_tensor(self._top_starts, top, worth, size, check_invariants=False)
+        return product.add_((missing @ rows.t()).t())
 
 
 @functools.cache
 def _has_bags() -> bool:
     """Whether the quantized embedding bags are compiled for this processor, and not merely present."""
     return "fbgemm" in torch.backends.quantized.supported_engines
+
+
+@functools.cache
+def _has_sparse() -> bool:
+    """Whether torch can multiply by sparse matrices here; it says once, unheard here, that they are in beta."""
+    if not torch.backends.mkl.is_available():
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.eye(1).to_sparse_csr()
+    return True
 
 
 @functools.cache
