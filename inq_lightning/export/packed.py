@@ -309,7 +309,7 @@ def _has_bags() -> bool:
 @functools.cache
 def _has_sparse() -> bool:
     """Whether torch can multiply by sparse matrices here; it says once, unheard here, that they are in beta."""
-    if not torch.backends.mkl.is_available():
+    if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
         return False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
