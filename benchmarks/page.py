@@ -264,22 +264,28 @@ Trained networks, codes only. Of few weights, the table of frequencies that prec
 def load_tables(sizes: Any) -> Iterable[str]:
     yield "## Saving and loading"
     yield """
-Seconds, on a busy machine. The peak of memory while a network loads is given against its float32 tensors, and includes
-the network itself (1 ×); float32 files are mapped into memory and copied, which counts the mapped file as well. A file
-of float32 loads faster than a packed one, whose weights have to be decoded: packed files save disk and transfer.
+Times as multiples of those of a float32 file, on a busy machine: a file of float32 loads faster than a packed one,
+whose weights have to be decoded, so packed files save disk and transfer. The peak of memory while a network loads is given
+against its float32 tensors, and includes the network itself (1 ×); float32 files are mapped into memory and copied,
+which counts the mapped file as well.
 """
     kinds = ("float32", "packed", "entropy_coded")
     yield table(
         (
             "network",
             "bits",
-            *(f"{what} {kind.replace('_', '-')}" for what in ("save", "load", "peak") for kind in kinds),
+            *(f"{what} {kind.replace('_', '-')}" for what in ("save", "load") for kind in kinds[1:]),
+            *(f"peak {kind.replace('_', '-')}" for kind in kinds),
         ),
         (
             (
                 network["network"],
                 row["bits"],
-                *(f"{row[f'{what}_seconds'][kind]:.2f}" for what in ("save", "load") for kind in kinds),
+                *(
+                    f"{row[f'{what}_seconds'][kind] / row[f'{what}_seconds']['float32']:.1f} ×"
+                    for what in ("save", "load")
+                    for kind in kinds[1:]
+                ),
                 *(f"{row['load_peak_memory'][kind]:.2f} ×" for kind in kinds),
             )
             for network in sizes["networks"]
@@ -299,12 +305,12 @@ format: how many times as fast, so above 1 the packed one is faster. Memory is t
 against the largest output.
 """
     others = {key: head for key, head in RIVALS.items() if any(key in row for row in latency)}
-    heads = ["network", "bits", "activations", "batch", "float32, ms", "speed", *others.values(), "memory", "error"]
+    heads = ["network", "bits", "activations", "batch", "speed", *others.values(), "memory", "error"]
     rows = []
     for row in latency:
         speeds = [f"{row[key]:.2f} ×" if key in row else "–" for key in ("median", *others)]
         cells = [row[key] for key in ("network", "bits", "activations", "batch")]
-        rows.append((*cells, f"{row['float32_ms']:.2f}", *speeds, f"{row['memory']:.2f} ×", f"{row['error']:.0e}"))
+        rows.append((*cells, *speeds, f"{row['memory']:.2f} ×", f"{row['error']:.0e}"))
     yield table(heads, rows)
     if any(verdict != "yes" for *_, verdict in latency_promises(latency)):
         yield """
@@ -341,7 +347,8 @@ The graph itself takes some kilobytes, a part of the file that counts only where
 
 Speed, one thread, as multiples of float32's in ONNX Runtime; in brackets against float32 torch. `S` is `speed=True`
 (MatMulNBits), whose activations are rounded to 8 bits; `exact` and `fast` decode the weights when the session is made,
-`low-memory` at each run. Load time is that of a session, memory by how much it raises the peak of the process.
+`low-memory` at each run. Loading is making a session, as a multiple of float32's time, memory by how much that raises
+the peak of the process.
 """
     rows = []
     for row in onnx["networks"]:
@@ -352,8 +359,9 @@ Speed, one thread, as multiples of float32's in ONNX Runtime; in brackets agains
         ]
         name = "float32" if row["bits"] == 32 else f"{row['bits']}{' S' if row['speed'] else ''}"
         difference = f"{row['difference']:.0e}" if row["bits"] != 32 else "–"
+        load = f"{row['load_ms'] / base['load_ms']:.2f} ×"
         rows.append(
-            (row["network"], name, row["mode"], f"{row['size']:.3f} ×", *speeds, f"{row['load_ms']:.0f} ms",
+            (row["network"], name, row["mode"], f"{row['size']:.3f} ×", *speeds, load,
              f"{row['peak_mib']:.0f} MiB", difference)
         )  # fmt: skip
     yield table(("network", "bits", "mode", "file", "batch 1", "batch 64", "load", "memory", "difference"), rows)
