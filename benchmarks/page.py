@@ -265,9 +265,9 @@ def load_tables(sizes: Any) -> Iterable[str]:
     yield "## Saving and loading"
     yield """
 Times as multiples of those of a float32 file, on a busy machine: a file of float32 loads faster than a packed one,
-whose weights have to be decoded, so packed files save disk and transfer. The peak of memory while a network loads is given
-against its float32 tensors, and includes the network itself (1 ×); float32 files are mapped into memory and copied,
-which counts the mapped file as well.
+whose weights have to be decoded, so packed files save disk and transfer. The peak of memory while a network loads is
+given against its float32 tensors, and includes the network itself (1 ×); float32 files are mapped into memory and
+copied, which counts the mapped file as well.
 """
     kinds = ("float32", "packed", "entropy_coded")
     yield table(
