@@ -82,9 +82,9 @@ class INQCallback(_Callback):
             place, as ``weight_orig``.
         straight_through: Compute each training step's loss and gradient with all weights on the grid, free ones
             rounded, and let the optimizer move the unrounded ones, so that the network learns what it will have to do
-            (the straight-through estimate). 2 and 3 bits gain by it. It takes 4 bytes a weight during the step, and backward
-            passes that go by Lightning; the first one of a batch counts. Validation sees the unrounded weights. Not
-            for sharded parameters.
+            (the straight-through estimate). 2 and 3 bits gain by it. It takes 4 bytes a weight during the step, and
+            backward passes that go by Lightning; the first one of a batch counts. Validation sees the unrounded
+            weights. Not for sharded parameters.
         restart_lr: Put learning rates and their schedulers back to where they began, at each phase.
         reset_optimizer: Forget the optimizers' state (momentum, second moments) at each phase.
         log_per_layer: Log each layer's quantized fraction too.
