@@ -44,6 +44,26 @@ def test_every_cell_of_the_page_exists_and_controls_last_as_long_as_what_they_co
         assert configure(control).inq.schedule == configure(f"{bits}bit").inq.schedule
 
 
+def test_the_page_is_what_its_results_say() -> None:
+    kept = results.read(ROOT / "benchmarks" / "accuracy" / "results.json")
+    assert (ROOT / "docs" / "results.md").read_text() == results.page(kept)
+
+
+def test_later_results_take_the_place_of_earlier_ones_of_the_same_cell_and_seed(tmp_path: Path) -> None:
+    def write(folder: str, seed: int, score: float) -> None:
+        place = tmp_path / folder / "5bit" / str(seed) / "result.json"
+        place.parent.mkdir(parents=True)
+        place.write_text(json.dumps({"name": "5bit", "seed": seed, "metrics": {"test/acc": score}}))
+
+    for folder, seed, score in (("first", 0, 0.1), ("first", 1, 0.2), ("second", 1, 0.3)):
+        write(folder, seed, score)
+    kept = tmp_path / "results.json"
+    for folder in ("first", "second"):
+        merged = results.add(results.read(kept), results.gather(tmp_path / folder))
+        kept.write_text(json.dumps(merged))
+    assert {seed: run["metrics"]["test/acc"] for seed, run in results.read(kept)["5bit"].items()} == {0: 0.1, 1: 0.3}
+
+
 def test_a_cell_runs_from_its_baseline_and_is_skipped_once_it_has_its_result(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     images = {f"x_{part}": generator.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8) for part in ("train", "test")}

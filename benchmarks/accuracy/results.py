@@ -195,14 +195,16 @@ def page(results: Results) -> str:
         "# Accuracy on CIFAR-10",
         "<!-- Written by `python -m benchmarks.accuracy.results`; change that instead. -->",
         INTRODUCTION,
-        f"The baselines were trained for {settings['pretrain']['max_epochs']} epochs: "
+        f"The baselines, which come with the project, were trained for {settings['pretrain']['max_epochs']} epochs: "
         + ", ".join(f"{accuracy(run):.2f}% with seed {seed}" for seed, run in sorted(baseline.items()))
         + ".",
     ]
+    shown: set[str] = set()
     for title, text, cells in SECTIONS:
         cells = tuple(cell for cell in cells if cell in results)
-        if not cells:
+        if shown.issuperset(cells):  # nothing to compare yet
             continue
+        shown |= {*cells}
         parts += [f"## {title}", text] if text else [f"## {title}"]
         parts.append(table(results, cells))
         parts.append("\n".join(f"- `{cell}`: {description(cell)}" for cell in cells))
