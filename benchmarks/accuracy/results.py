@@ -169,7 +169,7 @@ def course(results: Results, cells: Sequence[str]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epoch; lines: a phase begins, the share of weights that is quantized from then on")
         axes.set_ylabel("validation accuracy (%)")
-        axes.legend(loc="lower right", fontsize=8)
+        axes.legend(loc="best", fontsize=8)
     return figure
 
 
