@@ -302,7 +302,7 @@ def packed_tables(latency: list[Row] | None) -> Iterable[str]:
     yield """
 [`to_packed`](how-to/export.md#packed-modules) against the float32 network in torch, one thread, in the same memory
 format: how many times as fast, so above 1 the packed one is faster. Memory is that of weights, error the largest
-against the largest output.
+against the largest output. Each row is the middle one of three runs of `python -m benchmarks.latency --calls 60`.
 """
     others = {key: head for key, head in RIVALS.items() if any(key in row for row in latency)}
     heads = ["network", "bits", "activations", "batch", "speed", *others.values(), "memory", "error"]
