@@ -90,3 +90,14 @@ def test_a_cell_runs_from_its_baseline_and_is_skipped_once_it_has_its_result(tmp
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert path.stat().st_mtime_ns == written
     assert results.gather(tmp_path)["5bit_pruned"][0] == result
+
+    subprocess.run([*command, "name=try-x", "model.lr=0.05"], cwd=ROOT, check=True, capture_output=True)
+    trial = results.gather(tmp_path)["try-x"][0]
+    assert "test/acc" in result["metrics"]
+    assert "test/acc" not in trial["metrics"]
+    assert trial["overrides"][-1] == "model.lr=0.05"
+    assert not any("path" in text for text in trial["overrides"])
+    result["metrics"]["val/acc"], trial["metrics"]["val/acc"] = 0.5, 0.625
+    table = results.trials({"baseline": {0: result}, "try-x": {0: trial}})
+    assert "`cell=5bit_pruned`" in table
+    assert table.endswith("| 4 | 62.50 | +12.50 |")

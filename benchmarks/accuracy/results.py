@@ -18,6 +18,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from benchmarks.accuracy.study import TRIAL
 from inq_lightning.plots import Exponents, exponent_histogram
 
 HERE = Path(__file__).parent
@@ -76,14 +77,21 @@ baseline trained on, at full precision, for the same epochs with the same restar
 from mere further training is not taken for INQ's. A tenth of the training images is held out for choosing settings;
 test images are looked at once, by the finished network. ± is half the range over the seeds."""
 
+TRIALS = """\
+By accuracy on the 5,000 images held out of the training set, without a look at the test images: the presets as they
+were at the time, with these overrides. Two runs that differ by less than half a point may as well be equal."""
+
 
 def gather(runs: Path) -> Results:
-    """All results under a study's folder; trials, which no cell describes, are left out."""
+    """All results under a study's folder, of cells and trials; only figures of trials, for they are many."""
     results: Results = {}
     for path in sorted(runs.glob("*/*/result.json")):
         result = json.loads(path.read_text())
-        if result["name"] in cells_of_the_study():
-            results.setdefault(result["name"], {})[result["seed"]] = result
+        if result["name"].startswith(TRIAL):
+            result = {key: result[key] for key in ("name", "seed", "overrides", "metrics", "epochs")}
+        elif result["name"] not in cells_of_the_study():
+            continue
+        results.setdefault(result["name"], {})[result["seed"]] = result
     return results
 
 
@@ -92,13 +100,13 @@ def cells_of_the_study() -> list[str]:
 
 
 def read(path: Path) -> Results:
-    """What :func:`gather` has found earlier, of the cells that there still are."""
+    """What :func:`gather` has found earlier, of trials and of the cells that there still are."""
     if not path.exists():
         return {}
     return {
         cell: {int(seed): result for seed, result in by_seed.items()}
         for cell, by_seed in json.loads(path.read_text()).items()
-        if cell in cells_of_the_study()
+        if cell.startswith(TRIAL) or cell in cells_of_the_study()
     }
 
 
@@ -140,6 +148,18 @@ def table(results: Results, cells: Iterable[str]) -> str:
         compared = " | ".join(spread(values, "+") if values else "" for values in columns)
         scores = spread([accuracy(run) for run in runs.values()])
         lines.append(f"| `{cell}` | {len(first['epochs'])} | {len(runs)} | {scores} | {compared} |")
+    return "\n".join(lines)
+
+
+def trials(results: Results) -> str:
+    """Accuracy of all trials on the held-out images."""
+    lines = ["| overrides | epochs | held-out accuracy (%) | against the baseline |", "|---|---|---|---|"]
+    for name, runs in results.items():
+        for seed, run in runs.items() if name.startswith(TRIAL) else ():
+            score = 100 * run["metrics"]["val/acc"]
+            difference = score - 100 * results["baseline"][seed]["metrics"]["val/acc"]
+            overrides = " ".join(f"`{text}`" for text in run["overrides"])
+            lines.append(f"| {overrides} | {len(run['epochs'])} | {score:.2f} | {difference:+.2f} |")
     return "\n".join(lines)
 
 
@@ -211,6 +231,8 @@ def page(results: Results) -> str:
     missing = [f"`{cell}`" for cell in cells_of_the_study() if cell not in results]
     if missing:
         parts += ["## Not run yet", f"The study has these cells, too: {', '.join(missing)}."]
+    if any(name.startswith(TRIAL) for name in results):
+        parts += ["## How the presets were chosen", TRIALS, trials(results)]
     drawn = [cell for cell in ("5bit", "2bit") if cell in results]
     if drawn:
         parts += ["## Over the epochs", "![Validation accuracy over the epochs](images/accuracy-epochs.svg)"]

@@ -6,11 +6,11 @@ and starts from the baseline of its seed, the one in the study's folder or else 
     python -m benchmarks.accuracy.study -m cell=baseline seed=0,1 folder=runs data.path=cifar10.npz
     python -m benchmarks.accuracy.study -m 'cell=glob(*)' seed=0 folder=runs data.path=cifar10.npz
 
-A cell that has its result is skipped, and an interrupted one goes on from its last epoch. What is tried before it is
-adopted runs under a name of its own, which says that it is no cell: ``name=try-lr inq.bits=2 model.lr=0.05``.
+A cell that has its result is skipped, and an interrupted one goes on from its last epoch.
 
-Test images are looked at once, by the finished network; `val/acc`, from images held out of the training set, is there
-for choosing settings.
+Settings are chosen by trials, `val/acc` of images held out of the training set, under names that begin with ``try-``:
+``name=try-lr experiment=cifar10_resnet20_2bit model.lr=0.05``. Test images are for cells only, and only for their
+finished networks.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import hydra
 import torch
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
@@ -49,6 +50,8 @@ class StudyConfig(TrainConfig):
 
 
 ConfigStore.instance().store("base_study", StudyConfig)
+
+TRIAL = "try-"  # what a trial's name begins with
 
 BASELINES = Path(__file__).parent / "baselines"  # trained ones, a file for each seed
 
@@ -165,9 +168,12 @@ def fit(
 
 
 def evaluate(cfg: DictConfig, module: LightningModule, data: LightningDataModule) -> dict[str, float]:
-    """Validation and test metrics in float32, whatever the network was trained in."""
+    """Validation metrics and, unless it is a trial, test metrics; in float32, whatever the network was trained in."""
     trainer = build_trainer(cfg, OmegaConf.merge(cfg.trainer, {"precision": "32-true"}), [])
-    return {**trainer.validate(module, data, verbose=False)[0], **trainer.test(module, data, verbose=False)[0]}
+    metrics = dict(trainer.validate(module, data, verbose=False)[0])
+    if not cfg.name.startswith(TRIAL):
+        metrics.update(trainer.test(module, data, verbose=False)[0])
+    return metrics
 
 
 def exponents(module: LightningModule, callback: INQCallback) -> dict[str, dict[str, int]]:
@@ -192,8 +198,11 @@ def main(cfg: DictConfig) -> None:
     for place in ("folder", "output_dir"):
         settings.pop(place)
     settings["data"].pop("path", None)
+    of_the_run = ("name=", "seed=", "folder=", "data.path=")
+    overrides = [text for text in HydraConfig.get().overrides.task if not text.startswith(of_the_run)]
+    result = {"name": cfg.name, "seed": cfg.seed, "overrides": overrides, **result, "settings": settings}
     partial = path.with_name("result.json.partial")
-    partial.write_text(json.dumps({"name": cfg.name, "seed": cfg.seed, **result, "settings": settings}, indent=1))
+    partial.write_text(json.dumps(result, indent=1))
     partial.replace(path)
     print({name: round(value, 4) for name, value in result["metrics"].items()}, flush=True)
 
