@@ -75,9 +75,9 @@ PUBLISHED = (
 INTRODUCTION = """\
 ResNet-20 on CIFAR-10 (a copy of the images that went through JPEG, so all accuracies are somewhat under those on the
 original ones). Each network is compared with the full-precision baseline of its own seed, and with the *control*: that
-baseline trained on, at full precision, for the same epochs with the same restarts of the learning rate, so that a gain
-from mere further training is not taken for INQ's. A tenth of the training images is held out for choosing settings;
-test images are looked at once, by the finished network. ± is half the range over the seeds."""
+baseline trained on, at full precision, for the same epochs with the same restarts of the learning rate and the same
+teacher, so that a gain from mere further training is not taken for INQ's. A tenth of the training images is held out
+for choosing settings; test images are looked at once, by the finished network. ± is half the range over the seeds."""
 
 TRIALS = """\
 By accuracy on the 5,000 images held out of the training set, without a look at the test images: the presets as they

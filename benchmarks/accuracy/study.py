@@ -91,7 +91,7 @@ class RestartsOnly(Callback):
 
 def baseline(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Train the full-precision network."""
-    cfg.model = {**cfg.model, **cfg.pretrain.model, "lr_epochs": None}
+    cfg.model = {**cfg.model, **cfg.pretrain.model, "lr_epochs": None, "distillation": 0.0}
     cfg.trainer.max_epochs = cfg.pretrain.max_epochs
     data: LightningDataModule = instantiate(cfg.data)
     module: LightningModule = instantiate(cfg.model, _convert_="all")
