@@ -82,9 +82,9 @@ class INQCallback(_Callback):
             place, as ``weight_orig``.
         straight_through: Compute each training step's loss and gradient with all weights on the grid, free ones
             rounded, and let the optimizer move the unrounded ones, so that the network learns what it will have to do
-            (the straight-through estimate). 2 and 3 bits gain by it. It takes 4 bytes a weight during the step, and
-            backward passes that go by Lightning; the first one of a batch counts. Validation sees the unrounded
-            weights. Not for sharded parameters.
+            (the straight-through estimate). 2 and 3 bits gain by it. Validation sees the rounded weights, too,
+            checkpoints keep the unrounded ones. It takes 4 bytes a weight, and backward passes that go by Lightning;
+            the first one of a batch counts. Not for sharded parameters.
         restart_lr: Put learning rates and their schedulers back to where they began, at each phase.
         reset_optimizer: Forget the optimizers' state (momentum, second moments) at each phase.
         log_per_layer: Log each layer's quantized fraction too.
@@ -292,10 +292,7 @@ class INQCallback(_Callback):
             self._log_state(pl_module, on_step=True, on_epoch=False)
         elif batch_idx == 0:  # the progress bar shows an epoch's value only at its end
             pl_module.log("inq/quantized_fraction", self.quantized_fraction, prog_bar=True, logger=False, on_step=True)
-        if self.straight_through:
-            self._rounded = True
-            for layer in self._layers.values():
-                layer.round_free()
+        self._round()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Zero the gradients of frozen weights, so that they count neither in clipping nor in momentum."""
@@ -311,6 +308,15 @@ class INQCallback(_Callback):
         if self._bypassed or not self._restored:
             self._restore()
         self._restored = False
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show validation during training what training steps see."""
+        if trainer.state.fn == "fit":
+            self._round()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the free weights back before a checkpoint is written."""
+        self._unround()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Verify that every selected weight is on its grid.
@@ -348,6 +354,8 @@ class INQCallback(_Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say in the checkpoint, under ``inq``, whether its network is fully quantized."""
+        if trainer.evaluating:  # by a callback that does not wait for the validation's end
+            self._unround()
         fraction = self.quantized_fraction
         checkpoint["inq"] = {"quantized_fraction": fraction, "fully_quantized": fraction == 1.0}
 
@@ -450,6 +458,12 @@ class INQCallback(_Callback):
     def _restore(self) -> None:
         for layer in self._layers.values():
             layer.restore()
+
+    def _round(self) -> None:
+        if self.straight_through:
+            self._rounded = True
+            for layer in self._layers.values():
+                layer.round_free()
 
     def _unround(self) -> None:
         if self._rounded:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from support import SCHEDULE, TinyModule, assert_quantized, assert_same_state, trainer, weights
 from torch import Tensor
@@ -134,18 +134,70 @@ def test_a_backward_pass_that_lightning_does_not_see_is_refused_with_the_remedy(
     assert_quantized(module, callback)
 
 
-def test_validation_sees_the_unrounded_weights() -> None:
-    class Validated(TinyModule):
-        rounded = True
+class Validated(TinyModule):
+    """Asks in each validation whether the weights are rounded."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.rounded: list[bool] = []
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.rounded.append(on_powers_of_two(self.net[0].weight))
+
+
+def on_powers_of_two(weight: Tensor) -> bool:
+    weight = weight.detach()[weight != 0]
+    return bool((weight.abs().log2().frac() == 0).all())
+
+
+class Hasty(Callback):
+    """Saves a checkpoint before the validation has ended."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.save_checkpoint(self.folder / f"epoch={trainer.current_epoch}.ckpt")
+
+
+@pytest.mark.parametrize("hasty", [False, True])
+def test_validation_sees_the_rounded_weights_and_checkpoints_keep_the_others(tmp_path: Path, hasty: bool) -> None:
+    plain, validated, resumed = TinyModule(), Validated(), TinyModule(seed=1)
+    trainer(inq()).fit(plain)
+    saves = Hasty(tmp_path) if hasty else ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    trainer(inq(), saves, limit_val_batches=1, enable_checkpointing=not hasty).fit(validated)
+    assert validated.rounded == [True] * 4
+    assert_same_state(validated, plain)
+    path = tmp_path / "epoch=1.ckpt"
+    assert not on_powers_of_two(torch.load(path, weights_only=False)["state_dict"]["net.0.weight"])
+    if not hasty:  # the other one's checkpoints lie inside of an epoch's end, where Lightning does not resume
+        trainer(inq()).fit(resumed, ckpt_path=path)
+        assert_same_state(resumed, plain)
+
+
+def test_an_interrupted_validation_leaves_the_unrounded_weights() -> None:
+    class Interrupting(Validated):
         def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-            exponents = self.net[0].weight.detach().abs().log2()
-            self.rounded &= bool((exponents.frac() == 0).all())
+            super().validation_step(batch, batch_idx)
+            raise RuntimeError("interrupted")
 
-    module: LightningModule = Validated()
-    run: Trainer = trainer(inq(), limit_val_batches=1, limit_train_batches=2, max_epochs=4, val_check_interval=1)
-    run.fit(module)
-    assert not module.rounded
+    module = Interrupting()
+    with pytest.raises(RuntimeError, match="interrupted"):
+        trainer(inq(), limit_val_batches=1).fit(module)
+    assert module.rounded == [True]
+    assert not on_powers_of_two(module.net[0].weight)
+
+
+def test_validation_outside_of_training_takes_the_weights_as_they_are() -> None:
+    class Partly(Interrupted, Validated):
+        """Left with three quarters quantized."""
+
+    module, callback = Partly(), inq()
+    with pytest.raises(RuntimeError, match="interrupted"):
+        trainer(callback).fit(module)
+    assert callback.quantized_fraction == 0.75
+    trainer(callback, limit_val_batches=1).validate(module, verbose=False)
+    assert module.rounded == [False]
 
 
 def test_sharded_parameters_are_refused_by_name() -> None:
