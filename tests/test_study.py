@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,6 +65,16 @@ def test_later_results_take_the_place_of_earlier_ones_of_the_same_cell_and_seed(
     assert {seed: run["metrics"]["test/acc"] for seed, run in results.read(kept)["5bit"].items()} == {0: 0.1, 1: 0.3}
 
 
+def test_a_difference_comes_with_the_standard_error_of_paired_images() -> None:
+    def run(*mistakes: int) -> dict[str, Any]:
+        return {"metrics": {"test/acc": 1 - len(mistakes) / 10_000}, "mistakes": list(mistakes)}
+
+    found = {"a": {0: run(*range(300)), 1: run(1)}, "b": {0: run(*range(100, 300)), 1: run(1), 2: run()}}
+    # -1 point with seed 0, 0 with seed 1; 100 of 20,000 pairs differ: variance 0.005 - 0.005²
+    assert results.difference(found, "a", "b") == f"-0.50 ± {100 * (0.004975 / 20_000) ** 0.5:.2f}"
+    assert results.difference({"a": {1: run(1)}, "b": {0: run()}}, "a", "b") == ""
+
+
 def test_a_cell_runs_from_its_baseline_and_is_skipped_once_it_has_its_result(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     images = {f"x_{part}": generator.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8) for part in ("train", "test")}
@@ -83,6 +94,8 @@ def test_a_cell_runs_from_its_baseline_and_is_skipped_once_it_has_its_result(tmp
     assert [epoch["inq/quantized_fraction"] for epoch in result["epochs"]][-1] == 1
     assert len(result["epochs"]) == 4
     assert all(layer["frozen"] == layer["numel"] for layer in result["layers"])
+    assert len(result["mistakes"]) == round(40 * (1 - result["metrics"]["test/acc"]))
+    assert {*result["mistakes"]} <= {*range(40)}
     for layer in result["layers"]:
         counts = result["exponents"]["before"][layer["name"]]
         assert counts["None"] == round(0.5 * layer["numel"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -25,6 +26,8 @@ from inq_lightning.plots import Exponents, exponent_histogram
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
+
+TEST_IMAGES = 10_000
 
 Results = dict[str, dict[int, dict[str, Any]]]  # by cell, then by seed
 
@@ -77,7 +80,9 @@ ResNet-20 on CIFAR-10 (a copy of the images that went through JPEG, so all accur
 original ones). Each network is compared with the full-precision baseline of its own seed, and with the *control*: that
 baseline trained on, at full precision, for the same epochs with the same restarts of the learning rate and the same
 teacher, so that a gain from mere further training is not taken for INQ's. A tenth of the training images is held out
-for choosing settings; test images are looked at once, by the finished network. ± is half the range over the seeds."""
+for choosing settings; test images are looked at once, by the finished network. At an accuracy, ± is half the range
+over the seeds; at a difference, its standard error over the 10,000 test images, so what is under two of them may be
+chance."""
 
 TRIALS = """\
 By accuracy on the 5,000 images held out of the training set, without a look at the test images: the presets as they
@@ -128,16 +133,24 @@ def accuracy(result: dict[str, Any]) -> float:
     return 100 * float(result["metrics"]["test/acc"])
 
 
-def spread(values: Sequence[float], sign: str = "") -> str:
+def spread(values: Sequence[float]) -> str:
     """Mean, and half the range where there are several values."""
-    text = f"{statistics.mean(values):{sign}.2f}"
+    text = f"{statistics.mean(values):.2f}"
     return text if len(values) == 1 else f"{text} ± {(max(values) - min(values)) / 2:.2f}"
 
 
-def differences(results: Results, cell: str, reference: str) -> list[float]:
-    """Points of test accuracy over the reference of the same seed."""
-    there = results.get(reference, {})
-    return [accuracy(r) - accuracy(there[seed]) for seed, r in results[cell].items() if seed in there]
+def difference(results: Results, cell: str, reference: str) -> str:
+    """Points of test accuracy over the reference of the same seeds, and their standard error.
+
+    The error is that of a mean of paired differences: it counts the images on which the two networks do not agree.
+    """
+    pairs = [(run, results[reference][seed]) for seed, run in results[cell].items() if seed in results[reference]]
+    if not pairs:
+        return ""
+    mean = statistics.mean(accuracy(run) - accuracy(other) for run, other in pairs)
+    apart = sum(len({*run["mistakes"]} ^ {*other["mistakes"]}) for run, other in pairs)
+    images = TEST_IMAGES * len(pairs)
+    return f"{mean:+.2f} ± {100 * math.sqrt(apart / images - (mean / 100) ** 2) / math.sqrt(images):.2f}"
 
 
 def table(results: Results, cells: Iterable[str]) -> str:
@@ -151,12 +164,11 @@ def table(results: Results, cells: Iterable[str]) -> str:
         runs = results[cell]
         first = next(iter(runs.values()))
         control = CONTROLS.get(first["settings"]["inq"]["bits"], "")
-        columns = [differences(results, cell, "baseline")]
         lengths = {len(run["epochs"]) for run in (first, *results.get(control, {}).values())}
-        columns.append(differences(results, cell, control) if control in results and len(lengths) == 1 else [])
-        compared = " | ".join(spread(values, "+") if values else "" for values in columns)
+        equally_long = control in results and len(lengths) == 1
+        against = [difference(results, cell, "baseline"), difference(results, cell, control) if equally_long else ""]
         scores = spread([accuracy(run) for run in runs.values()])
-        lines.append(f"| `{cell}` | {len(first['epochs'])} | {len(runs)} | {scores} | {compared} |")
+        lines.append(f"| `{cell}` | {len(first['epochs'])} | {len(runs)} | {scores} | {' | '.join(against)} |")
     return "\n".join(lines)
 
 

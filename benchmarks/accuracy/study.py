@@ -131,7 +131,7 @@ def one_shot(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             weight = selected.parameter
             grid = PowerOfTwoGrid.from_weights(weight, selected.bits, callback.underflow, callback.exponent)
             weight.copy_(grid.quantize(weight))
-    return {"metrics": evaluate(cfg, module, data), "epochs": []}
+    return {**evaluate(cfg, module, data), "epochs": []}
 
 
 METHODS = {"baseline": baseline, "inq": inq, "fine_tune": fine_tune, "one_shot": one_shot}
@@ -164,16 +164,33 @@ def fit(
     trainer.fit(module, data, ckpt_path=interrupted if interrupted.exists() else None)
     weights = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
     save_file(weights, folder / "weights.safetensors")
-    return {"metrics": evaluate(cfg, module, data), "epochs": history.epochs}
+    return {**evaluate(cfg, module, data), "epochs": history.epochs}
 
 
-def evaluate(cfg: DictConfig, module: LightningModule, data: LightningDataModule) -> dict[str, float]:
+class Mistakes(Callback):
+    """Keeps the places of the test images that the network takes for something else."""
+
+    def __init__(self) -> None:
+        self.places: list[int] = []
+        self.seen = 0
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *where: Any
+    ) -> None:
+        images, labels = batch
+        wrong = pl_module(images).argmax(1) != labels
+        self.places += (wrong.nonzero().flatten() + self.seen).tolist()
+        self.seen += len(labels)
+
+
+def evaluate(cfg: DictConfig, module: LightningModule, data: LightningDataModule) -> dict[str, Any]:
     """Validation metrics and, unless it is a trial, test metrics; in float32, whatever the network was trained in."""
-    trainer = build_trainer(cfg, OmegaConf.merge(cfg.trainer, {"precision": "32-true"}), [])
-    metrics = dict(trainer.validate(module, data, verbose=False)[0])
-    if not cfg.name.startswith(TRIAL):
-        metrics.update(trainer.test(module, data, verbose=False)[0])
-    return metrics
+    mistakes = Mistakes()
+    trainer = build_trainer(cfg, OmegaConf.merge(cfg.trainer, {"precision": "32-true"}), [mistakes])
+    metrics = trainer.validate(module, data, verbose=False)[0]
+    if cfg.name.startswith(TRIAL):
+        return {"metrics": metrics}
+    return {"metrics": {**metrics, **trainer.test(module, data, verbose=False)[0]}, "mistakes": mistakes.places}
 
 
 def exponents(module: LightningModule, callback: INQCallback) -> dict[str, dict[str, int]]:
