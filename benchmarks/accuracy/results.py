@@ -85,8 +85,8 @@ over the seeds; at a difference, its standard error over the 10,000 test images,
 chance."""
 
 TRIALS = """\
-By accuracy on the 5,000 images held out of the training set, without a look at the test images: the presets as they
-were at the time, with these overrides. Two runs that differ by less than half a point may as well be equal."""
+By accuracy on the 5,000 images held out of the training set, without a look at the test images. Two runs that differ by
+less than half a point may as well be equal."""
 
 CHANNELS = """\
 The grid belongs to the layer. Would each output channel gain by its own, or by a scale fitted to it? Batch
