@@ -292,8 +292,9 @@ def main() -> None:
     results = read(kept)
     if runs is not None:
         results = add(results, gather(runs))
-        kept.write_text(json.dumps(results, separators=(",", ":")) + "\n")
-    (DOCS / "results.md").write_text(page(results))
+    text = page(results)
+    kept.write_text(json.dumps(results, separators=(",", ":")) + "\n")
+    (DOCS / "results.md").write_text(text)
     drawn = [cell for cell in ("5bit", "2bit") if cell in results]
     figures = {f"accuracy-{cell}": histogram(results, cell) for cell in drawn}
     if drawn:
