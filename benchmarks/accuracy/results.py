@@ -95,10 +95,6 @@ filter and its rounded self: here the median over all filters of the baseline, b
 (`python -m benchmarks.accuracy.channels`). Choosing n1 by the least error brings most of what there is to gain, so
 channels share their layer's grid."""
 
-COURSE = """\
-At 2 bits with seed 0, the first five points are of unrounded weights, which training steps never saw: validation has
-shown the rounded ones only since."""
-
 
 def gather(runs: Path) -> Results:
     """All results under a study's folder, of cells and trials; only figures of trials, for they are many."""
@@ -207,7 +203,8 @@ def course(results: Results, cells: Sequence[str]) -> Figure:
     """Validation accuracy over epochs, with the phases marked."""
     figure = Figure((9, 3.2 * len(cells)), layout="constrained")
     for axes, cell in zip(figure.subplots(len(cells), squeeze=False).flat, cells, strict=True):
-        seed, run = next(iter(results[cell].items()))
+        seed = max(results[cell])  # the latest run
+        run = results[cell][seed]
         epochs = run["epochs"]
         scores = [100 * epoch["val/acc"] for epoch in epochs]
         axes.plot(range(1, len(scores) + 1), scores, "o-", color="#0072B2", markersize=4, label=f"{cell}, seed {seed}")
@@ -270,7 +267,7 @@ def page(results: Results) -> str:
         parts += ["## How the presets were chosen", TRIALS, trials(results)]
     drawn = [cell for cell in ("5bit", "2bit") if cell in results]
     if drawn:
-        parts += ["## Over the epochs", COURSE, "![Validation accuracy over the epochs](images/accuracy-epochs.svg)"]
+        parts += ["## Over the epochs", "![Validation accuracy over the epochs](images/accuracy-epochs.svg)"]
         parts.append("## Where the weights go")
         parts += [f"![Weights on the exponent axis, {cell}](images/accuracy-{cell}.svg)" for cell in drawn]
     parts.append("## Published results")
