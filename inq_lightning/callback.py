@@ -82,7 +82,7 @@ class INQCallback(_Callback):
             place, as ``weight_orig``.
         straight_through: Compute each training step's loss and gradient with all weights on the grid, free ones
             rounded, and let the optimizer move the unrounded ones, so that the network learns what it will have to do
-            (the straight-through estimate). 2 and 3 bits gain by it. Validation sees the rounded weights, too,
+            (the straight-through estimate). Meant for 2 and 3 bits. Validation sees the rounded weights, too,
             checkpoints keep the unrounded ones. It takes 4 bytes a weight, and backward passes that go by Lightning;
             the first one of a batch counts. Not for sharded parameters.
         restart_lr: Put learning rates and their schedulers back to where they began, at each phase.

@@ -41,6 +41,11 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("5bit", "4bit", "3bit", "2bit"),
     ),
     (
+        "Controls",
+        "What further training alone brings.",
+        ("5bit_control", "4bit_control", "3bit_control", "2bit_control"),
+    ),
+    (
         "Without INQ",
         "Rounding everything at once, with no training or with training for what is not quantized: biases and norms.",
         ("5bit_one_shot", "5bit_one_phase", "3bit_one_shot", "2bit_one_shot"),
@@ -81,8 +86,8 @@ original ones). Each network is compared with the full-precision baseline of its
 baseline trained on, at full precision, for the same epochs with the same restarts of the learning rate and the same
 teacher, so that a gain from mere further training is not taken for INQ's. A tenth of the training images is held out
 for choosing settings; test images are looked at once, by the finished network. At an accuracy, ± is half the range
-over the seeds; at a difference, its standard error over the 10,000 test images, so what is under two of them may be
-chance."""
+over the seeds; at a difference, which is over the seeds that both networks have run with, its standard error over the
+10,000 test images of each, so what is under two of them may be chance."""
 
 TRIALS = """\
 By accuracy on the 5,000 images held out of the training set. Test images had no say, though the first trials were still
@@ -165,7 +170,7 @@ def table(results: Results, cells: Iterable[str]) -> str:
         first = next(iter(runs.values()))
         control = CONTROLS.get(first["settings"]["inq"]["bits"], "")
         lengths = {len(run["epochs"]) for run in (first, *results.get(control, {}).values())}
-        equally_long = control in results and len(lengths) == 1
+        equally_long = control in results and cell != control and len(lengths) == 1
         against = [difference(results, cell, "baseline"), difference(results, cell, control) if equally_long else ""]
         scores = spread([accuracy(run) for run in runs.values()])
         lines.append(f"| `{cell}` | {len(first['epochs'])} | {len(runs)} | {scores} | {' | '.join(against)} |")
@@ -174,13 +179,17 @@ def table(results: Results, cells: Iterable[str]) -> str:
 
 def trials(results: Results) -> str:
     """Accuracy of all trials on the held-out images."""
-    lines = ["| overrides | epochs | held-out accuracy (%) | against the baseline |", "|---|---|---|---|"]
+    lines = ["| overrides | seeds | epochs | held-out accuracy (%) | against the baseline |", "|---|---|---|---|---|"]
     for name, runs in results.items():
-        for seed, run in runs.items() if name.startswith(TRIAL) else ():
-            score = 100 * run["metrics"]["val/acc"]
-            difference = score - 100 * results["baseline"][seed]["metrics"]["val/acc"]
-            overrides = " ".join(f"`{text}`" for text in run["overrides"])
-            lines.append(f"| {overrides} | {len(run['epochs'])} | {score:.2f} | {difference:+.2f} |")
+        if not name.startswith(TRIAL):
+            continue
+        scores = {seed: 100 * run["metrics"]["val/acc"] for seed, run in runs.items()}
+        before = {seed: 100 * results["baseline"][seed]["metrics"]["val/acc"] for seed in runs}
+        gain = statistics.mean(scores.values()) - statistics.mean(before.values())
+        first = next(iter(runs.values()))
+        overrides = " ".join(f"`{text}`" for text in first["overrides"])
+        length = len(first["epochs"])
+        lines.append(f"| {overrides} | {len(runs)} | {length} | {spread([*scores.values()])} | {gain:+.2f} |")
     return "\n".join(lines)
 
 
@@ -203,7 +212,7 @@ def course(results: Results, cells: Sequence[str]) -> Figure:
     """Validation accuracy over epochs, with the phases marked."""
     figure = Figure((9, 3.2 * len(cells)), layout="constrained")
     for axes, cell in zip(figure.subplots(len(cells), squeeze=False).flat, cells, strict=True):
-        seed = max(results[cell])  # the latest run
+        seed = max(results[cell])
         run = results[cell][seed]
         epochs = run["epochs"]
         scores = [100 * epoch["val/acc"] for epoch in epochs]
