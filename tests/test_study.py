@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose, initialize_config_dir, initialize_config_module
 from omegaconf import DictConfig
 from safetensors.torch import save_file
 
@@ -37,6 +37,20 @@ def test_every_cell_composes_and_says_what_it_is(cell: str) -> None:
         assert (cfg.method == "fine_tune") == cell.endswith("_control")
         assert (cfg.method == "one_shot") == cell.endswith("_one_shot")
     assert results.description(cell).endswith(".")
+
+
+@pytest.mark.parametrize("bits", [5, 4, 3, 2])
+def test_the_cell_of_a_bit_width_is_what_inq_train_does_with_its_preset(bits: int) -> None:
+    with initialize_config_module("inq_lightning.conf", version_base="1.3"):
+        overrides = [f"experiment=cifar10_resnet20_{bits}bit", "data.path=images.npz", "output_dir=runs"]
+        preset = compose("train", overrides=overrides)
+    for seed in (0, 1):
+        preset.seed = seed
+        cell = configure(f"{bits}bit")
+        cell.seed = seed
+        assert cell.method == "inq"
+        assert not cell.prune
+        assert all(cell[key] == preset[key] for key in ("data", "model", "pretrain", "inq", "trainer", "seed"))
 
 
 def test_every_cell_of_the_page_exists_and_controls_last_as_long_as_what_they_control() -> None:
