@@ -80,11 +80,6 @@ class INQCallback(_Callback):
         keep_zeros: Freeze the weights that are exactly zero when INQ begins, at zero, for pruned networks (the paper's
             section 3.5); portions then count the others. Weights under :mod:`torch.nn.utils.prune` are quantized in
             place, as ``weight_orig``.
-        straight_through: Compute each training step's loss and gradient with all weights on the grid, free ones
-            rounded, and let the optimizer move the unrounded ones, so that the network learns what it will have to do
-            (the straight-through estimate). Meant for 2 and 3 bits. Validation sees the rounded weights, too,
-            checkpoints keep the unrounded ones. It takes 4 bytes a weight, and backward passes that go by Lightning;
-            the first one of a batch counts. Not for sharded parameters.
         restart_lr: Put learning rates and their schedulers back to where they began, at each phase.
         reset_optimizer: Forget the optimizers' state (momentum, second moments) at each phase.
         log_per_layer: Log each layer's quantized fraction too.
@@ -107,7 +102,6 @@ class INQCallback(_Callback):
         layer_bits: Mapping[str, int] | None = None,
         embeddings: bool = False,
         keep_zeros: bool = False,
-        straight_through: bool = False,
         restart_lr: bool = True,
         reset_optimizer: bool = False,
         log_per_layer: bool = False,
@@ -121,7 +115,6 @@ class INQCallback(_Callback):
         _check_flags(
             embeddings=embeddings,
             keep_zeros=keep_zeros,
-            straight_through=straight_through,
             restart_lr=restart_lr,
             reset_optimizer=reset_optimizer,
             log_per_layer=log_per_layer,
@@ -141,7 +134,6 @@ class INQCallback(_Callback):
         self.layer_bits = layer_bits
         self.embeddings = embeddings
         self.keep_zeros = keep_zeros
-        self.straight_through = straight_through
         self.restart_lr = restart_lr
         self.reset_optimizer = reset_optimizer
         self.log_per_layer = log_per_layer
@@ -158,7 +150,6 @@ class INQCallback(_Callback):
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._restored = False  # by a step hook, since the last batch ended
         self._bypassed = False  # whether weights may move after the last step hook
-        self._rounded = False  # whether free weights are rounded at the moment
         self._sqnr: float | None = None  # dB, of the group frozen last
 
     # ---- what users ask ----------------------------------------------------------------------------------------------
@@ -263,8 +254,6 @@ class INQCallback(_Callback):
         self._adopt(pl_module)
         self._begin(trainer, pl_module)
         guards.order_callbacks(trainer, self._timetable, self._origin)
-        if self.straight_through:
-            guards.refuse_sharded(self._layers.values())
         for optimizer in trainer.optimizers:
             try:
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
@@ -292,11 +281,9 @@ class INQCallback(_Callback):
             self._log_state(pl_module, on_step=True, on_epoch=False)
         elif batch_idx == 0:  # the progress bar shows an epoch's value only at its end
             pl_module.log("inq/quantized_fraction", self.quantized_fraction, prog_bar=True, logger=False, on_step=True)
-        self._round()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Zero the gradients of frozen weights, so that they count neither in clipping nor in momentum."""
-        self._unround()
         for layer in self._layers.values():
             layer.mask_gradient()
 
@@ -304,19 +291,9 @@ class INQCallback(_Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Restore frozen weights where no step hook has done so: after what may move weights without one."""
-        self._unround()  # a batch without a backward pass
         if self._bypassed or not self._restored:
             self._restore()
         self._restored = False
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show validation during training what training steps see."""
-        if trainer.state.fn == "fit":
-            self._round()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the free weights back before a checkpoint is written."""
-        self._unround()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Verify that every selected weight is on its grid.
@@ -344,7 +321,6 @@ class INQCallback(_Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave whole weights for a checkpoint; Lightning calls no other hook after an exception or Ctrl-C."""
-        self._unround()
         self._restore()  # the interruption may lie between an update and its step hook
         self._release()
 
@@ -354,8 +330,6 @@ class INQCallback(_Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say in the checkpoint, under ``inq``, whether its network is fully quantized."""
-        if trainer.evaluating:  # by a callback that does not wait for the validation's end
-            self._unround()
         fraction = self.quantized_fraction
         checkpoint["inq"] = {"quantized_fraction": fraction, "fully_quantized": fraction == 1.0}
 
@@ -447,29 +421,12 @@ class INQCallback(_Callback):
         return layer.freeze(self._timetable.portions[self._phase - 1], self.partition, self.seed)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._rounded:
-            raise RuntimeError(
-                "straight_through: the optimizer has moved rounded weights, because no backward pass came by "
-                "Lightning; call self.manual_backward(loss) in place of loss.backward(), or leave straight_through off"
-            )
         self._restore()
         self._restored = True
 
     def _restore(self) -> None:
         for layer in self._layers.values():
             layer.restore()
-
-    def _round(self) -> None:
-        if self.straight_through:
-            self._rounded = True
-            for layer in self._layers.values():
-                layer.round_free()
-
-    def _unround(self) -> None:
-        if self._rounded:
-            for layer in self._layers.values():
-                layer.unround_free()
-            self._rounded = False
 
     def _log_state(self, pl_module: LightningModule, **when: Any) -> None:
         values = {"quantized_fraction": self.quantized_fraction, "phase": float(self._phase)}

@@ -55,7 +55,6 @@ class INQConfig:
     layer_bits: dict[str, int] = field(default_factory=_bits_by_pattern)
     embeddings: bool = False
     keep_zeros: bool = False
-    straight_through: bool = False
     restart_lr: bool = True
     reset_optimizer: bool = False
     log_per_layer: bool = False

@@ -75,7 +75,6 @@ class FrozenWeight:
         self.grid: PowerOfTwoGrid | None = None
         self.frozen = 0
         self._kept = 0  # zeros of a pruned network, which portions do not count
-        self._unrounded: Tensor | None = None  # the weights, while round_free() shows rounded ones
         # Frozen weights' values; +0.0 marks a free weight, so a weight frozen at zero is kept as -0.0.
         # Powers of two are exact in bfloat16.
         self._set_values(torch.zeros_like(sharded.local(parameter), dtype=torch.bfloat16))
@@ -198,24 +197,6 @@ class FrozenWeight:
             exact.copy_(value)
             _bits(w).bitwise_left_shift_(_bits(exact) if widened else bits)  # as in mask_gradient
             w.add_(exact)  # free: x + 0.0; frozen: 0.0 + value, where -0.0 becomes +0.0
-
-    def round_free(self) -> None:
-        """Show the free weights rounded, as the forward pass will see them in the end; frozen ones are already.
-
-        The gradient that is computed then, and applied to the weights that :meth:`unround_free` puts back, is the
-        straight-through estimate (Bengio et al. 2013) of the rounding's. Until then a copy of the weights is kept.
-        Nothing happens before the grid is fixed, and where nothing is free.
-        """
-        if self.grid is not None and self.frozen < self.numel and self._unrounded is None:
-            weight = sharded.local(self.parameter)
-            self._unrounded = weight.clone()
-            weight.copy_(self.grid.round(weight))
-
-    def unround_free(self) -> None:
-        """Put back what :meth:`round_free` has rounded."""
-        if self._unrounded is not None:
-            sharded.local(self.parameter).copy_(self._unrounded)
-            self._unrounded = None
 
     def drifted(self) -> int:
         """How many frozen weights of the local piece differ from the values they were frozen at."""

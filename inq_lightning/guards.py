@@ -5,13 +5,9 @@ Lightning exists as two packages with the same classes, so classes are told by t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from pytorch_lightning import Callback, Trainer
 
-from inq_lightning import sharded
-from inq_lightning.frozen import FrozenWeight
 from inq_lightning.schedule import Schedule
 
 
@@ -66,20 +62,6 @@ def check_optimizers(trainer: Trainer) -> None:
             raise ValueError(
                 "LBFGS moves the weights several times within one step, where frozen weights cannot be held; use "
                 "another optimizer, such as SGD or AdamW"
-            )
-
-
-def refuse_sharded(layers: Iterable[FrozenWeight]) -> None:
-    """Refuse sharded parameters, whose whole copies Lightning may use in the place of what is rounded here.
-
-    Raises:
-        ValueError: There is one.
-    """
-    for layer in layers:
-        if sharded.is_sharded(layer.parameter):
-            raise ValueError(
-                f"straight_through does not work with sharded parameters, such as {layer.name}; leave it off, or use "
-                "the strategy ddp"
             )
 
 

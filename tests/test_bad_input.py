@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from inq_lightning import INQCallback, Schedule
 
 NAN, INF = float("nan"), float("inf")
-FLAGS = ("embeddings", "keep_zeros", "straight_through", "restart_lr", "reset_optimizer", "log_per_layer")
+FLAGS = ("embeddings", "keep_zeros", "restart_lr", "reset_optimizer", "log_per_layer")
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 

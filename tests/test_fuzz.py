@@ -134,7 +134,6 @@ def configs(draw: st.DrawFn) -> Config:
             "layer_bits": draw(st.sampled_from([None, {"first*": 3, "last": 8}])),
             "embeddings": True,
             "keep_zeros": keep_zeros,
-            "straight_through": draw(st.booleans()),
             "restart_lr": draw(st.booleans()),
             "reset_optimizer": draw(st.booleans()),
             "seed": draw(st.integers(0, 3)),

@@ -94,7 +94,6 @@ def test_ddp_trains_what_one_process_does(tmp_path: Path) -> None:
     runs = {
         "magnitude": MAGNITUDE,
         "random": RANDOM | {"gradient_clip_val": 0.1},
-        "straight-through": {"inq": {"straight_through": True}},
     }
     ddp = {"strategy": "ddp", "devices": 2}
     launch(2, fit_all, [{"out": str(tmp_path / name), **ddp, **options} for name, options in runs.items()])

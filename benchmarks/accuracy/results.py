@@ -57,7 +57,7 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "What low bit widths need",
         "",
-        ("2bit", "2bit_max", "2bit_no_straight_through", "2bit_no_distillation", "2bit_first_last_8bit"),
+        ("2bit", "2bit_max", "2bit_no_distillation", "2bit_first_last_8bit"),
     ),
 )
 
