@@ -34,6 +34,13 @@ Results = dict[str, dict[int, dict[str, Any]]]  # by cell, then by seed
 #: Control of each cell: the baseline trained on for the same epochs. Cells of the same length share one.
 CONTROLS = {5: "5bit_control", 4: "4bit_control", 3: "3bit_control", 2: "2bit_control"}
 
+_STRAIGHT_THROUGH = """\
+Training steps saw the free weights rounded, and the gradient moved the unrounded ones (the straight-through estimate).\
+"""
+
+#: Cells of options that were tried and are no more; only their results are kept.
+DROPPED = {"2bit_straight_through": _STRAIGHT_THROUGH, "3bit_straight_through": _STRAIGHT_THROUGH}
+
 SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "Bits",
@@ -54,10 +61,12 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Portions", "", ("5bit", "5bit_alexnet", "3bit", "3bit_coarse")),
     ("Restarts", "", ("5bit", "5bit_no_restart", "5bit_reset_optimizer")),
     ("Pruned first", "", ("5bit", "5bit_pruned")),
+    ("What low bit widths need", "", ("2bit", "2bit_max", "2bit_first_last_8bit")),
+    ("The teacher", "", ("5bit", "5bit_no_distillation", "2bit", "2bit_no_distillation")),
     (
-        "What low bit widths need",
-        "",
-        ("2bit", "2bit_max", "2bit_no_distillation", "2bit_first_last_8bit"),
+        "Tried and dropped",
+        "An option that gained nothing here, so the callback does not have it.",
+        ("2bit", "2bit_straight_through", "3bit", "3bit_straight_through"),
     ),
 )
 
@@ -119,13 +128,13 @@ def cells_of_the_study() -> list[str]:
 
 
 def read(path: Path) -> Results:
-    """What :func:`gather` has found earlier, of trials and of the cells that there still are."""
+    """What :func:`gather` has found earlier, of trials, of the cells that there still are and of dropped ones."""
     if not path.exists():
         return {}
     return {
         cell: {int(seed): result for seed, result in by_seed.items()}
         for cell, by_seed in json.loads(path.read_text()).items()
-        if cell.startswith(TRIAL) or cell in cells_of_the_study()
+        if cell.startswith(TRIAL) or cell in DROPPED or cell in cells_of_the_study()
     }
 
 
@@ -204,6 +213,8 @@ def channels() -> str:
 
 def description(cell: str) -> str:
     """The comment that a cell's file begins with."""
+    if cell in DROPPED:
+        return DROPPED[cell]
     lines = (HERE / "conf" / "cell" / f"{cell}.yaml").read_text().splitlines()
     return " ".join(line.removeprefix("# ") for line in lines[1:] if line.startswith("#"))
 
