@@ -65,7 +65,7 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("The teacher", "", ("5bit", "5bit_no_distillation", "2bit", "2bit_no_distillation")),
     (
         "Tried and dropped",
-        "An option that gained nothing here, so the callback does not have it.",
+        "An option whose gain on the held-out images was within chance, so the callback does not have it.",
         ("2bit", "2bit_straight_through", "3bit", "3bit_straight_through"),
     ),
 )
