@@ -18,11 +18,6 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether other processes hold pieces of ``tensor``."""
-    return isinstance(tensor, DTensor)
-
-
 def local_part(full: Tensor, like: Tensor) -> Tensor:
     """Cut out of ``full`` (the same in every process) the piece that corresponds to ``local(like)``.
 

@@ -94,13 +94,14 @@ ResNet-20 on CIFAR-10 (a copy of the images that went through JPEG, so all accur
 original ones). Each network is compared with the full-precision baseline of its own seed, and with the *control*: that
 baseline trained on, at full precision, for the same epochs with the same restarts of the learning rate and the same
 teacher, so that a gain from mere further training is not taken for INQ's. A tenth of the training images is held out
-for choosing settings; test images are looked at once, by the finished network. At an accuracy, ± is half the range
-over the seeds; at a difference, which is over the seeds that both networks have run with, its standard error over the
-10,000 test images of each, so what is under two of them may be chance."""
+for choosing settings; test images are looked at once, by the finished network, and differences are theirs. At an
+accuracy, ± is half the range over the seeds; at a difference, which is over the seeds that both networks have run with,
+its standard error over the 10,000 test images of each, so what is under two of them may be chance."""
 
 TRIALS = """\
 By accuracy on the 5,000 images held out of the training set. Test images had no say, though the first trials were still
-shown them. Two runs that differ by less than half a point may as well be equal."""
+shown them. Two runs that differ by less than half a point may as well be equal. `inq.straight_through` was an option
+then, which the presets of 3 and 2 bits had."""
 
 CHANNELS = """\
 The grid belongs to the layer. Would each output channel gain by its own, or by a scale fitted to it? Batch
@@ -169,8 +170,8 @@ def difference(results: Results, cell: str, reference: str) -> str:
 
 def table(results: Results, cells: Iterable[str]) -> str:
     lines = [
-        "| cell | epochs | seeds | test accuracy (%) | against the baseline | against the control |",
-        "|---|---|---|---|---|---|",
+        "| cell | epochs | seeds | held-out (%) | test accuracy (%) | against the baseline | against the control |",
+        "|---|---|---|---|---|---|---|",
     ]
     for cell in cells:
         if cell not in results:
@@ -181,8 +182,11 @@ def table(results: Results, cells: Iterable[str]) -> str:
         lengths = {len(run["epochs"]) for run in (first, *results.get(control, {}).values())}
         equally_long = control in results and cell != control and len(lengths) == 1
         against = [difference(results, cell, "baseline"), difference(results, cell, control) if equally_long else ""]
+        held_out = spread([100 * run["metrics"]["val/acc"] for run in runs.values()])
         scores = spread([accuracy(run) for run in runs.values()])
-        lines.append(f"| `{cell}` | {len(first['epochs'])} | {len(runs)} | {scores} | {' | '.join(against)} |")
+        lines.append(
+            f"| `{cell}` | {len(first['epochs'])} | {len(runs)} | {held_out} | {scores} | {' | '.join(against)} |"
+        )
     return "\n".join(lines)
 
 
@@ -267,7 +271,10 @@ def page(results: Results) -> str:
         "<!-- Written by `python -m benchmarks.accuracy.results`; change that instead. -->",
         INTRODUCTION,
         f"The baselines, which come with the project, were trained for {settings['pretrain']['max_epochs']} epochs: "
-        + ", ".join(f"{accuracy(run):.2f}% with seed {seed}" for seed, run in sorted(baseline.items()))
+        + ", ".join(
+            f"{accuracy(run):.2f}% with seed {seed} (held-out {100 * run['metrics']['val/acc']:.2f}%)"
+            for seed, run in sorted(baseline.items())
+        )
         + ".",
     ]
     shown: set[str] = set()
