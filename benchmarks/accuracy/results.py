@@ -20,7 +20,8 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.accuracy.channels import KEPT
+from benchmarks.accuracy.channels import KEPT as CHANNELS_KEPT
+from benchmarks.accuracy.norms import KEPT as NORMS_KEPT
 from benchmarks.accuracy.study import TRIAL
 from inq_lightning.plots import Exponents, exponent_histogram
 
@@ -60,6 +61,7 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Which weights first", "", ("5bit", "5bit_random", "3bit", "3bit_random")),
     ("Portions", "", ("5bit", "5bit_alexnet", "3bit", "3bit_coarse")),
     ("Restarts", "", ("5bit", "5bit_no_restart", "5bit_reset_optimizer")),
+    ("Longer training", "", ("5bit", "5bit_long")),
     ("Pruned first", "", ("5bit", "5bit_pruned")),
     ("What low bit widths need", "", ("2bit", "2bit_max", "2bit_first_last_8bit")),
     ("The teacher", "", ("5bit", "5bit_no_distillation", "2bit", "2bit_no_distillation")),
@@ -109,6 +111,12 @@ normalization takes up any scale of a filter, so what counts is the error that n
 filter and its rounded self: here the median over all filters of the baseline, before any training
 (`python -m benchmarks.accuracy.channels`). Choosing n1 by the least error brings most of what there is to gain, so
 channels share their layer's grid."""
+
+
+NORMS = """\
+The statistics that batch normalization has gathered while it trained, or those of the finished network, averaged over
+all training images by `torch.optim.swa_utils.update_bn` (`python -m benchmarks.accuracy.norms`)? Accuracy on the
+images held out, in %. The last phase trains nothing but biases and norms, so there is hardly anything left to gain."""
 
 
 def gather(runs: Path) -> Results:
@@ -208,10 +216,19 @@ def trials(results: Results) -> str:
 
 def channels() -> str:
     """Rounding errors under finer grids."""
-    errors = json.loads(KEPT.read_text())
+    errors = json.loads(CHANNELS_KEPT.read_text())
     kinds = list(next(iter(errors.values())))
     lines = [f"| bits | {' | '.join(kinds)} |", f"|---{'|---' * len(kinds)}|"]
     lines += [f"| {bits} | {' | '.join(f'{row[kind]:.1f}%' for kind in kinds)} |" for bits, row in errors.items()]
+    return "\n".join(lines)
+
+
+def norms() -> str:
+    """Held-out accuracy with batch normalization's statistics as they are and re-estimated."""
+    lines = ["| cell | seed | as trained | re-estimated |", "|---|---|---|---|"]
+    for run in json.loads(NORMS_KEPT.read_text()):
+        scores = f"{100 * run['ended']:.2f} | {100 * run['re-estimated']:.2f}"
+        lines.append(f"| `{run['cell']}` | {run['seed']} | {scores} |")
     return "\n".join(lines)
 
 
@@ -290,6 +307,7 @@ def page(results: Results) -> str:
     if missing:
         parts += ["## Not run yet", f"The study has these cells, too: {', '.join(missing)}."]
     parts += ["## Finer grids", CHANNELS, channels()]
+    parts += ["## Batch normalization at the end", NORMS, norms()]
     if any(name.startswith(TRIAL) for name in results):
         parts += ["## How the presets were chosen", TRIALS, trials(results)]
     drawn = [cell for cell in ("5bit", "2bit") if cell in results]

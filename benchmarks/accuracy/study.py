@@ -89,6 +89,22 @@ class RestartsOnly(Callback):
             self.restart()
 
 
+class Pruning(Callback):
+    """Zeroes a share of each layer's weights, the smallest, when the whole network is the teacher already."""
+
+    def __init__(self, callback: INQCallback, share: float) -> None:
+        self.callback = callback
+        self.share = share
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step:  # resumed
+            return
+        for selected in self.callback.select(pl_module):
+            size = selected.parameter.detach().abs()
+            largest_pruned = size.flatten().kthvalue(round(self.share * size.numel())).values
+            selected.parameter.data.mul_(size > largest_pruned)
+
+
 def baseline(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Train the full-precision network."""
     cfg.model = {**cfg.model, **cfg.pretrain.model, "lr_epochs": None, "distillation": 0.0}
@@ -102,13 +118,9 @@ def inq(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Quantize the baseline; the result counts only if every selected weight is on its grid."""
     callback: INQCallback = instantiate(cfg.inq)
     module, data = start(cfg, callback)
-    if cfg.prune:
-        for selected in callback.select(module):
-            size = selected.parameter.detach().abs()
-            largest_pruned = size.flatten().kthvalue(round(cfg.prune * size.numel())).values
-            selected.parameter.data.mul_(size > largest_pruned)
     before = exponents(module, callback)
-    result = fit(cfg, folder, module, data, [callback])
+    first: list[Callback] = [Pruning(callback, cfg.prune)] if cfg.prune else []
+    result = fit(cfg, folder, module, data, [*first, callback])
     find_grids(module, callback.layers)
     result["layers"] = [layer._asdict() for layer in callback.layers]
     result["exponents"] = {"before": before, "after": exponents(module, callback)}
