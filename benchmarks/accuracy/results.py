@@ -35,6 +35,9 @@ Results = dict[str, dict[int, dict[str, Any]]]  # by cell, then by seed
 #: Control of each cell: the baseline trained on for the same epochs. Cells of the same length share one.
 CONTROLS = {5: "5bit_control", 4: "4bit_control", 3: "3bit_control", 2: "2bit_control"}
 
+#: Points of test accuracy over the baseline that the study aimed at, by bits.
+AIMS = {5: 0.0, 4: 0.0, 3: -0.2, 2: -0.5}
+
 _STRAIGHT_THROUGH = """\
 Training steps saw the free weights rounded, and the gradient moved the unrounded ones (the straight-through estimate).\
 """
@@ -61,7 +64,11 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Which weights first", "", ("5bit", "5bit_random", "3bit", "3bit_random")),
     ("Portions", "", ("5bit", "5bit_alexnet", "3bit", "3bit_coarse")),
     ("Restarts", "", ("5bit", "5bit_no_restart", "5bit_reset_optimizer")),
-    ("Longer training", "", ("5bit", "5bit_long")),
+    (
+        "Longer training",
+        "The held-out images, which decide, are against it and the test images for it, both within chance.",
+        ("5bit", "5bit_long"),
+    ),
     ("Pruned first", "", ("5bit", "5bit_pruned")),
     ("What low bit widths need", "", ("2bit", "2bit_max", "2bit_first_last_8bit")),
     ("The teacher", "", ("5bit", "5bit_no_distillation", "2bit", "2bit_no_distillation")),
@@ -162,15 +169,35 @@ def spread(values: Sequence[float]) -> str:
     return text if len(values) == 1 else f"{text} ± {(max(values) - min(values)) / 2:.2f}"
 
 
+def paired(results: Results, cell: str, reference: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The runs of a cell, each with the reference of its seed."""
+    return [(run, results[reference][seed]) for seed, run in results[cell].items() if seed in results[reference]]
+
+
+def gain(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> float:
+    """Mean difference of the pairs, in points of test accuracy."""
+    return statistics.mean(accuracy(run) - accuracy(other) for run, other in pairs)
+
+
+def aims(results: Results) -> str:
+    """Which of the aims are reached."""
+    found = []
+    for bits, aim in AIMS.items():
+        if f"{bits}bit" in results:
+            short = aim - gain(paired(results, f"{bits}bit", "baseline"))
+            found.append(f"{aim:+.1f} at {bits} bits, {f'missed by {short:.2f}' if short > 0 else 'met'}")
+    return f"Aims, in points against the baseline: {'; '.join(found)}."
+
+
 def difference(results: Results, cell: str, reference: str) -> str:
     """Points of test accuracy over the reference of the same seeds, and their standard error.
 
     The error is that of a mean of paired differences: it counts the images on which the two networks do not agree.
     """
-    pairs = [(run, results[reference][seed]) for seed, run in results[cell].items() if seed in results[reference]]
+    pairs = paired(results, cell, reference)
     if not pairs:
         return ""
-    mean = statistics.mean(accuracy(run) - accuracy(other) for run, other in pairs)
+    mean = gain(pairs)
     apart = sum(len({*run["mistakes"]} ^ {*other["mistakes"]}) for run, other in pairs)
     images = TEST_IMAGES * len(pairs)
     return f"{mean:+.2f} ± {100 * math.sqrt(apart / images - (mean / 100) ** 2) / math.sqrt(images):.2f}"
@@ -302,6 +329,8 @@ def page(results: Results) -> str:
         shown |= {*cells}
         parts += [f"## {title}", text] if text else [f"## {title}"]
         parts.append(table(results, cells))
+        if title == "Bits":
+            parts.append(aims(results))
         parts.append("\n".join(f"- `{cell}`: {description(cell)}" for cell in cells))
     missing = [f"`{cell}`" for cell in cells_of_the_study() if cell not in results]
     if missing:
