@@ -62,7 +62,11 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("5bit_one_shot", "5bit_one_phase", "3bit_one_shot", "2bit_one_shot"),
     ),
     ("Which weights first", "", ("5bit", "5bit_random", "3bit", "3bit_random")),
-    ("Portions", "", ("5bit", "5bit_alexnet", "3bit", "3bit_coarse")),
+    (
+        "Portions",
+        "Within chance, four longer phases do as well at 3 bits as the paper's eight, which the preset keeps to.",
+        ("5bit", "5bit_alexnet", "3bit", "3bit_coarse"),
+    ),
     ("Restarts", "", ("5bit", "5bit_no_restart", "5bit_reset_optimizer")),
     (
         "Longer training",
@@ -71,7 +75,11 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     ("Pruned first", "", ("5bit", "5bit_pruned")),
     ("What low bit widths need", "", ("2bit", "2bit_max", "2bit_first_last_8bit")),
-    ("The teacher", "", ("5bit", "5bit_no_distillation", "2bit", "2bit_no_distillation")),
+    (
+        "The teacher",
+        "What the preset of 2 bits needs most, after least error.",
+        ("5bit", "5bit_no_distillation", "2bit", "2bit_no_distillation"),
+    ),
     (
         "Tried and dropped",
         "An option whose gain on the held-out images was within chance, so the callback does not have it.",
