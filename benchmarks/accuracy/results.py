@@ -74,7 +74,11 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("5bit", "5bit_long"),
     ),
     ("Pruned first", "", ("5bit", "5bit_pruned")),
-    ("What low bit widths need", "", ("2bit", "2bit_max", "2bit_first_last_8bit")),
+    (
+        "What low bit widths need",
+        "By the maximum instead of the least error, 2 bits fail. Ends at 8 bits gain no more than chance might.",
+        ("2bit", "2bit_max", "2bit_first_last_8bit"),
+    ),
     (
         "The teacher",
         "What the preset of 2 bits needs most, after least error.",
