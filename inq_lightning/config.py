@@ -210,8 +210,8 @@ class TrainConfig:
         logger: Loggers of Lightning, each under any name.
         callbacks: Callbacks of Lightning, each under any name.
         seed: Seed of everything random: weights, data, the order of training.
-        ckpt: A trained network to start from, a Lightning checkpoint or a state_dict; pre-training is skipped. With
-            ``resume``, the checkpoint of the interrupted run.
+        ckpt: A trained network to start from, a Lightning checkpoint or a state_dict, saved by torch or as safetensors;
+            pre-training is skipped. With ``resume``, the checkpoint of the interrupted run.
         resume: Whether to go on with the interrupted run that wrote ``ckpt``.
         stage: What loggers and checkpoints call the stage that runs, ``pretrain`` or ``quantize``; set by `inq-train`.
         output: What is printed: ``rich``, progress and a table for people; ``json``, a line of JSON for each epoch and

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from pytorch_lightning import Trainer
+from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 
 from inq_lightning import PRESETS, PowerOfTwoGrid
 from inq_lightning.cli.train import main, plan_epochs
@@ -325,9 +327,12 @@ def test_the_teacher_is_the_full_precision_network_which_has_none_itself(tmp_pat
     torch.testing.assert_close(dict(after["teacher"]), weights, rtol=0, atol=0)
 
 
-def test_a_plain_state_dict_takes_the_place_of_pretraining(pretrained: Path, tmp_path: Path) -> None:
-    torch.save(load(pretrained)["state_dict"], tmp_path / "weights.pt")
-    report = run(tmp_path, *TINY, f"ckpt={tmp_path}/weights.pt")
+@pytest.mark.parametrize(("name", "save"), [("weights.pt", torch.save), ("weights.safetensors", save_file)])
+def test_a_plain_state_dict_takes_the_place_of_pretraining(
+    pretrained: Path, tmp_path: Path, name: str, save: Callable[[dict[str, Tensor], Path], None]
+) -> None:
+    save(load(pretrained)["state_dict"], tmp_path / name)
+    report = run(tmp_path, *TINY, f"ckpt={tmp_path / name}")
     assert report["before"] == direct_test(pretrained)
     assert report["quantized_fraction"] == 1.0
 
@@ -337,8 +342,9 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
         run(tmp_path, *TINY, f"ckpt={tmp_path}/none.ckpt")
 
 
-def test_a_truncated_checkpoint_is_named(pretrained: Path, tmp_path: Path) -> None:
-    half = tmp_path / "half.ckpt"
+@pytest.mark.parametrize("name", ["half.ckpt", "half.safetensors"])
+def test_a_truncated_checkpoint_is_named(pretrained: Path, tmp_path: Path, name: str) -> None:
+    half = tmp_path / name
     half.write_bytes(pretrained.read_bytes()[: pretrained.stat().st_size // 2])
     with pytest.raises(ValueError, match=rf"ckpt={half} cannot be read as a checkpoint"):
         run(tmp_path, *TINY, f"ckpt={half}")

@@ -22,6 +22,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import LearningRateMonitor, ProgressBar
+from safetensors.torch import load_file
 
 from inq_lightning.callback import INQCallback
 from inq_lightning.config import register_training
@@ -149,7 +150,10 @@ def load_checkpoint(cfg: DictConfig) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"ckpt={cfg.ckpt}: there is no such file")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            checkpoint = load_file(path)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"ckpt={cfg.ckpt} cannot be read as a checkpoint: {error}") from error
     if not isinstance(checkpoint, dict):
