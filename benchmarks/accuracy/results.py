@@ -72,13 +72,13 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "Portions",
         "Within chance, four longer phases do as well at 3 bits as the paper's eight, which the preset keeps to.",
-        ("5bit", "5bit_alexnet", "3bit", "3bit_coarse"),
+        ("5bit", "5bit_alexnet", "3bit", "3bit_coarse", "3bit_long_last"),
     ),
     ("Restarts", "", ("5bit", "5bit_no_restart", "5bit_reset_optimizer")),
     (
         "Longer training",
         "The held-out images, which decide, are against it and the test images for it, both within chance.",
-        ("5bit", "5bit_long"),
+        ("5bit", "5bit_20_epochs", "5bit_long"),
     ),
     ("Pruned first", "", ("5bit", "5bit_pruned")),
     (
@@ -143,6 +143,11 @@ NORMS = """\
 The statistics that batch normalization has gathered while it trained, or those of the finished network, averaged over
 all training images by `torch.optim.swa_utils.update_bn` (`python -m benchmarks.accuracy.norms`)? Accuracy on the
 images held out, in %. The last phase trains nothing but biases and norms, so there is hardly anything left to gain."""
+
+
+PRESET = """\
+`inq-train` runs one preset by itself, here from the baseline of seed 0. Its report, with accuracies in the bfloat16 that
+it trains in:"""
 
 
 def gather(runs: Path) -> Results:
@@ -278,6 +283,21 @@ def norms() -> str:
     return "\n".join(lines)
 
 
+def preset() -> str:
+    """The command of the preset of 5 bits, and the report.json that it wrote."""
+    report = json.loads((HERE / "preset_5bit.json").read_text())
+    command = "inq-train experiment=cifar10_resnet20_5bit ckpt=benchmarks/accuracy/baselines/0.safetensors"
+    sizes = [f"{report[f'bytes_{when}'] / 1024:.1f} KiB" for when in ("before", "after")]
+    scores = [f"{100 * report[when]['test/acc']:.2f}" for when in ("before", "after")]
+    return (
+        f"```console\n$ {command} data.path=cifar10.npz\n```\n\n"
+        "| | full precision | quantized |\n|---|---|---|\n"
+        f"| test accuracy (%) | {' | '.join(scores)} |\n"
+        f"| levels in use | | {report['levels_used']} of {report['levels_allowed']} |\n"
+        f"| size of all parameters | {' | '.join(sizes)} |"
+    )
+
+
 def description(cell: str) -> str:
     """The comment that a cell's file begins with."""
     if cell in DROPPED:
@@ -367,6 +387,7 @@ def page(results: Results) -> str:
     parts.append("As their authors report them, on other data and from other baselines: for orientation only.")
     lines = ["| method and network | bits | accuracy (%) | source |", "|---|---|---|---|"]
     parts.append("\n".join([*lines, *(f"| {' | '.join(row)} |" for row in PUBLISHED)]))
+    parts += ["## One preset, one command", PRESET, preset()]
     parts.append("## Run it again")
     parts.append(
         "```console\n"
