@@ -71,7 +71,7 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Which weights first", "", ("5bit", "5bit_random", "3bit", "3bit_random")),
     (
         "Portions",
-        "Within chance, four longer phases do as well at 3 bits as the paper's eight, which the preset keeps to.",
+        "Four longer phases do as well at 3 bits as the paper's eight, which the preset keeps to.",
         ("5bit", "5bit_alexnet", "3bit", "3bit_coarse", "3bit_long_last"),
     ),
     ("Restarts", "", ("5bit", "5bit_no_restart", "5bit_reset_optimizer")),
