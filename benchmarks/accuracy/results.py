@@ -51,7 +51,7 @@ DROPPED = {
 }
 
 _TRIED = """\
-An option whose gain on the held-out images was within chance, so the callback does not have it."""
+Options that gained no more on the held-out images than chance might, or lost; the callback does not have them."""
 
 SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
