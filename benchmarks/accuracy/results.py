@@ -136,8 +136,9 @@ CHANNELS = """\
 The grid belongs to the layer. Would each output channel gain by its own, or by a scale fitted to it? Batch
 normalization takes up any scale of a filter, so what counts is the error that no scale makes good, 1 - cos² between a
 filter and its rounded self: here the median over all filters of the baseline, before any training
-(`python -m benchmarks.accuracy.channels`). Choosing n1 by the least error brings most of what there is to gain, so
-channels share their layer's grid."""
+(`python -m benchmarks.accuracy.channels`). Choosing n1 by the least error brings most of what there is to gain, and
+training at 2 bits with a grid for each channel [gained nothing](#tried-and-dropped), so channels share their layer's
+grid."""
 
 
 NORMS = """\
