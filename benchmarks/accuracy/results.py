@@ -50,9 +50,6 @@ DROPPED = {
     "2bit_by_channel": "Each output channel has its own n1, by least error.",
 }
 
-_TRIED = """\
-Options that gained no more on the held-out images than chance might, or lost; the callback does not have them."""
-
 SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "Bits",
@@ -94,7 +91,7 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     (
         "Tried and dropped",
-        _TRIED,
+        "They gained no more on the held-out images than chance might, or lost, so the callback does not have them.",
         ("2bit", "2bit_straight_through", "2bit_by_channel", "3bit", "3bit_straight_through", "3bit_by_error"),
     ),
 )
