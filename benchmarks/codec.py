@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.overhead import medians
-from inq_lightning.export.codec import pack, pack_entropy, unpack, unpack_entropy
+from inq_lightning.formats.codec import pack, pack_entropy, unpack, unpack_entropy
 
 RESULTS = Path(__file__).with_suffix(".json")
 NUMEL = 100_000_000

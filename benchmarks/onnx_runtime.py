@@ -25,12 +25,12 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor, nn
 
 from benchmarks.sizes import export_float32, fresh_process, status
-from inq_lightning.data import DigitsDataModule, NpzDataModule
-from inq_lightning.export.checkpoint import read_checkpoint
-from inq_lightning.export.onnx import export_onnx, session_options
+from inq_lightning.core.selection import select_parameters
+from inq_lightning.formats.checkpoint import read_checkpoint
+from inq_lightning.formats.onnx import export_onnx, session_options
 from inq_lightning.grid import PowerOfTwoGrid
-from inq_lightning.models import ResNetCIFAR, SmallCNN
-from inq_lightning.selection import select_parameters
+from inq_lightning.recipes.data import DigitsDataModule, NpzDataModule
+from inq_lightning.recipes.models import ResNetCIFAR, SmallCNN
 
 RESULTS = Path(__file__).with_suffix(".json")
 BITS = (2, 3, 4, 5)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from inq_lightning import FrozenWeight, INQCallback
-from inq_lightning.models import ResNetCIFAR
+from inq_lightning.recipes.models import ResNetCIFAR
 
 warnings.filterwarnings("ignore")
 

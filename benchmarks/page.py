@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sizes import ACCELERATORS
-from inq_lightning.export.accelerator import FORMATS
+from inq_lightning.formats.accelerator import FORMATS
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent / "docs" / "benchmarks.md"

@@ -29,11 +29,11 @@ from torch import Tensor, nn
 
 from benchmarks.networks import NETWORKS, build, randomize
 from inq_lightning import PowerOfTwoGrid
-from inq_lightning.export.accelerator import save_accelerator
-from inq_lightning.export.artifact import load_packed, save_packed
-from inq_lightning.export.codec import pack, pack_entropy
-from inq_lightning.export.grids import encode, fit_grid
-from inq_lightning.export.onnx import export_onnx
+from inq_lightning.formats.accelerator import save_accelerator
+from inq_lightning.formats.codec import pack, pack_entropy
+from inq_lightning.formats.layers import encode, fit_grid
+from inq_lightning.formats.onnx import export_onnx
+from inq_lightning.formats.packed import load_packed, save_packed
 
 RESULTS = Path(__file__).with_suffix(".json")
 BITS = (2, 3, 4, 5)

@@ -22,7 +22,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 import inq_lightning.conf
-from inq_lightning.config import TrainConfig, register_training
+from inq_lightning.recipes.config import TrainConfig, register_training
 
 register_training()
 

@@ -23,10 +23,10 @@ from pytorch_lightning import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor, nn
 
 from inq_lightning import FrozenWeight, INQCallback, PowerOfTwoGrid, select_parameters
-from inq_lightning.classifier import Classifier
-from inq_lightning.data import DigitsDataModule
 from inq_lightning.grid import Exponent
-from inq_lightning.models import SmallCNN
+from inq_lightning.recipes.classifier import Classifier
+from inq_lightning.recipes.data import DigitsDataModule
+from inq_lightning.recipes.models import SmallCNN
 
 LAYER = "net.features.8.weight"  # the third convolution, 18,432 weights
 FROZEN, FREE, MSE, RULE = "#1f6feb", "#d9822b", "#8250df", "#8b949e"

@@ -3,9 +3,9 @@
 from pytorch_lightning import Trainer, seed_everything
 
 from inq_lightning import INQCallback
-from inq_lightning.classifier import Classifier
-from inq_lightning.data import DigitsDataModule
-from inq_lightning.models import SmallCNN
+from inq_lightning.recipes.classifier import Classifier
+from inq_lightning.recipes.data import DigitsDataModule
+from inq_lightning.recipes.models import SmallCNN
 
 seed_everything(0)
 digits, model = DigitsDataModule(), Classifier(SmallCNN(), num_classes=10, lr_epochs=4)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from inq_lightning.frozen import FrozenWeight
+from inq_lightning.core.frozen import FrozenWeight
+from inq_lightning.core.schedule import PRESETS, Schedule
+from inq_lightning.core.selection import select_parameters
 from inq_lightning.grid import PowerOfTwoGrid
-from inq_lightning.schedule import PRESETS, Schedule
-from inq_lightning.selection import select_parameters
 
 if TYPE_CHECKING:
-    from inq_lightning.callback import INQCallback
-    from inq_lightning.export.artifact import load_packed, save_packed
-    from inq_lightning.export.onnx import export_onnx
-    from inq_lightning.export.packed import to_packed
+    from inq_lightning.formats.onnx import export_onnx
+    from inq_lightning.formats.packed import load_packed, save_packed
+    from inq_lightning.frontends.lightning.callback import INQCallback
+    from inq_lightning.runtime.modules import to_packed
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,11 +31,11 @@ __all__ = [
 ]
 
 _LAZY = {
-    "INQCallback": "callback",
-    "export_onnx": "export.onnx",
-    "load_packed": "export.artifact",
-    "save_packed": "export.artifact",
-    "to_packed": "export.packed",
+    "INQCallback": "frontends.lightning.callback",
+    "export_onnx": "formats.onnx",
+    "load_packed": "formats.packed",
+    "save_packed": "formats.packed",
+    "to_packed": "runtime.modules",
 }
 
 

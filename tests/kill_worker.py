@@ -18,7 +18,7 @@ from torch import optim
 from torch.optim import lr_scheduler
 
 from inq_lightning import INQCallback
-from inq_lightning.report import Report
+from inq_lightning.report.run import Report
 
 EPOCHS, BATCHES = 60, 4  # 240 steps
 EVERY = 3  # steps from one checkpoint to the next

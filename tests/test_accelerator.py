@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torchao.prototype.mx_formats.mx_tensor import MXTensor
 
 from inq_lightning import INQCallback, PowerOfTwoGrid
-from inq_lightning.export import accelerator
-from inq_lightning.export.accelerator import FORMATS, read_accelerator, save_accelerator, to_torchao
+from inq_lightning.formats import accelerator
+from inq_lightning.formats.accelerator import FORMATS, read_accelerator, save_accelerator, to_torchao
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 E3M2 = [k / 16 for k in (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28)]

@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.overhead import RESNET18
 from inq_lightning import INQCallback, PowerOfTwoGrid, Schedule, load_packed, save_packed
-from inq_lightning.classifier import Classifier
 from inq_lightning.cli.export import main as export
-from inq_lightning.data import DigitsDataModule
-from inq_lightning.export.artifact import ArtifactError, read_packed
-from inq_lightning.export.checkpoint import read_checkpoint
-from inq_lightning.models import SmallCNN
+from inq_lightning.formats.checkpoint import read_checkpoint
+from inq_lightning.formats.packed import ArtifactError, read_packed
+from inq_lightning.recipes.classifier import Classifier
+from inq_lightning.recipes.data import DigitsDataModule
+from inq_lightning.recipes.models import SmallCNN
 from tests.support import bits_of, trainer
 
 
@@ -149,7 +149,7 @@ class Block:
 sys.meta_path.insert(0, Block())
 import torch
 from inq_lightning import load_packed
-from inq_lightning.models import SmallCNN
+from inq_lightning.recipes.models import SmallCNN
 network = load_packed("digits.safetensors", SmallCNN()).eval()
 with torch.no_grad():
     torch.save(network(torch.load("images.pt")), "outputs.pt")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from inq_lightning import PowerOfTwoGrid, load_packed, save_packed
-from inq_lightning.export.artifact import _KEY, ArtifactError, _checksum, read_packed
+from inq_lightning.formats.packed import _KEY, ArtifactError, _checksum, read_packed
 from tests.support import same_bits
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="measures memory through /proc")

@@ -17,7 +17,7 @@ from torch import nn, optim
 from torch.optim import lr_scheduler
 
 from inq_lightning import INQCallback, PowerOfTwoGrid, Schedule
-from inq_lightning.schedule import PRESETS
+from inq_lightning.core.schedule import PRESETS
 
 
 def fit(module: LightningModule, callback: INQCallback, *others: Callback, **options: Any) -> Trainer:

@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from inq_lightning import INQCallback
-from inq_lightning.classifier import Classifier
-from inq_lightning.data import DigitsDataModule
-from inq_lightning.models import SmallCNN
+from inq_lightning.recipes.classifier import Classifier
+from inq_lightning.recipes.data import DigitsDataModule
+from inq_lightning.recipes.models import SmallCNN
 
 
 class RateRecorder(Callback):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from inq_lightning.export.codec import _CHUNK, pack, pack_entropy, packed_size, unpack, unpack_entropy
+from inq_lightning.formats.codec import _CHUNK, pack, pack_entropy, packed_size, unpack, unpack_entropy
 
 BITS = range(2, 9)
 

@@ -16,8 +16,9 @@ from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 
 import inq_lightning.conf
 from inq_lightning import PRESETS, INQCallback
-from inq_lightning.classifier import Classifier
-from inq_lightning.config import (
+from inq_lightning.core.schedule import Schedule, default_preset
+from inq_lightning.recipes.classifier import Classifier
+from inq_lightning.recipes.config import (
     ClassifierConfig,
     DigitsConfig,
     INQConfig,
@@ -29,8 +30,7 @@ from inq_lightning.config import (
     build_schedule,
     register_training,
 )
-from inq_lightning.data import DigitsDataModule, NpzDataModule, TorchvisionDataModule
-from inq_lightning.schedule import Schedule, default_preset
+from inq_lightning.recipes.data import DigitsDataModule, NpzDataModule, TorchvisionDataModule
 
 register_training()
 

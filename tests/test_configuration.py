@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 from omegaconf import OmegaConf
 
-from inq_lightning import config
+from inq_lightning.recipes import config
 
 SCRIPT = Path(__file__).parent.parent / "docs" / "configuration.py"
 CONFIGS = {

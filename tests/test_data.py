@@ -12,11 +12,11 @@ from omegaconf.errors import MissingMandatoryValue
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from inq_lightning.batches import EpochBatchSampler, crop_and_flip
-from inq_lightning.classifier import Classifier
-from inq_lightning.config import register_training
-from inq_lightning.data import DigitsDataModule, ImageDataModule, NpzDataModule, TorchvisionDataModule
-from inq_lightning.models import SmallCNN
+from inq_lightning.recipes.classifier import Classifier
+from inq_lightning.recipes.config import register_training
+from inq_lightning.recipes.data import DigitsDataModule, ImageDataModule, NpzDataModule, TorchvisionDataModule
+from inq_lightning.recipes.models import SmallCNN
+from inq_lightning.recipes.sampling import EpochBatchSampler, crop_and_flip
 
 register_training()
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from inq_lightning import INQCallback, load_packed
 from inq_lightning.cli.export import main
-from inq_lightning.export.accelerator import read_accelerator
-from inq_lightning.export.artifact import read_packed
-from inq_lightning.export.checkpoint import read_checkpoint
+from inq_lightning.formats.accelerator import read_accelerator
+from inq_lightning.formats.checkpoint import read_checkpoint
+from inq_lightning.formats.packed import read_packed
 from tests.support import TinyModule, trainer
 
 NETWORK = """
@@ -125,13 +125,13 @@ def test_a_run_of_inq_train_leaves_its_artifact_and_exports_to_onnx_without_furt
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 
     def script(module: str, *arguments: str) -> str:
-        command = [sys.executable, "-m", f"inq_lightning.cli.{module}", *arguments]
+        command = [sys.executable, "-m", f"inq_lightning.{module}", *arguments]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     script(
-        "train",
+        "recipes.train",
         "hydra.run.dir=run",
         "logger=none",
         "pretrain.max_epochs=1",
@@ -141,6 +141,6 @@ def test_a_run_of_inq_train_leaves_its_artifact_and_exports_to_onnx_without_furt
     state = read_checkpoint(tmp_path / "run" / "quantized.ckpt").state_dict
     artifact = read_packed(tmp_path / "run" / "quantized.safetensors")
     assert all(torch.equal(artifact.state_dict[name], value) for name, value in state.items())
-    told = script("export", "run/quantized.ckpt", "net.onnx", "--format", "onnx")
+    told = script("cli.export", "run/quantized.ckpt", "net.onnx", "--format", "onnx")
     assert "largest difference of an output to torch" in told
     assert (tmp_path / "net.onnx").is_file()

@@ -28,8 +28,8 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from inq_lightning import INQCallback, Schedule
-from inq_lightning.frozen import unpack_mask
-from inq_lightning.schedule import PRESETS, default_preset
+from inq_lightning.core.frozen import unpack_mask
+from inq_lightning.core.schedule import PRESETS, default_preset
 
 OPTIMIZERS: dict[str, Any] = {
     "sgd": lambda p: optim.SGD(p, lr=0.1),

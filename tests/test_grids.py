@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from inq_lightning import PowerOfTwoGrid
-from inq_lightning.callback import LayerInfo
-from inq_lightning.export.grids import candidate_grids, find_grids, fit_grid, holds
+from inq_lightning.formats.layers import candidate_grids, find_grids, fit_grid, holds
+from inq_lightning.frontends.lightning.callback import LayerInfo
 
 
 def on_grid(*shape: int, bits: int = 5) -> torch.Tensor:

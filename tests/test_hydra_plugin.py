@@ -109,7 +109,7 @@ def test_an_applications_own_files_go_before_ours(group: str, tmp_path: Path) ->
 
 def test_the_package_registers_nothing_that_another_application_may_call_its_own() -> None:
     registered = (
-        "from hydra.core.config_store import ConfigStore; import inq_lightning.config; "
+        "from hydra.core.config_store import ConfigStore; import inq_lightning.recipes.config; "
         "store = ConfigStore.instance(); print(store.list(''), store.list('inq'), store.list('inq/schedule'))"
     )
     listed = run("-c", registered, cwd=ROOT)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from inq_lightning import INQCallback, PowerOfTwoGrid, Schedule, select_parameters
 from inq_lightning.cli.inspect import main
-from inq_lightning.export.artifact import save_packed
-from inq_lightning.inspected import Inspection, inspect_layer
-from inq_lightning.inspection import inspect_file
+from inq_lightning.formats.packed import save_packed
+from inq_lightning.report.inspection import Inspection, inspect_layer
+from inq_lightning.report.readers import inspect_file
 
 LAYERS = ("net.0.weight", "net.3.weight")
 
@@ -196,7 +196,7 @@ OFTEN = {(2, False), (4, False), (5, False), (4, True), (5, True)}  # one of eac
 )
 def test_an_onnx_file_holds_the_codes_of_its_network(bits: int, speed: bool, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    from inq_lightning.export.onnx import export_onnx
+    from inq_lightning.formats.onnx import export_onnx
 
     model = convolutional(bits)
     torch.save(model.state_dict(), tmp_path / "model.pt")

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from inq_lightning import metrics
-from inq_lightning.metrics import BitsPerWeight, QuantizedFraction, SignalToQuantizationNoise
+from inq_lightning.report import metrics
+from inq_lightning.report.metrics import BitsPerWeight, QuantizedFraction, SignalToQuantizationNoise
 
 
 def test_the_examples_in_the_documentation_hold() -> None:

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from inq_lightning.models import BasicBlock, LeNet5, ResNetCIFAR, SmallCNN, import_extra, timm_model, torchvision_model
+from inq_lightning.recipes.models import (
+    BasicBlock,
+    LeNet5,
+    ResNetCIFAR,
+    SmallCNN,
+    import_extra,
+    timm_model,
+    torchvision_model,
+)
 
 
 @pytest.mark.parametrize(("depth", "parameters"), [(20, 269_722), (32, 464_154), (44, 658_586), (56, 853_018)])

@@ -30,7 +30,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor
 
 from inq_lightning import INQCallback, Schedule
-from inq_lightning.monitor import INQMonitor, _layout
+from inq_lightning.frontends.lightning.monitor import INQMonitor, _layout
 
 SHORT = {0: 0.5, 1: 1.0}
 FIGURES = ["inq/exponents", "inq/heatmap", "inq/metrics"]
@@ -403,7 +403,7 @@ sys.modules["matplotlib"] = None
 sys.path.insert(0, {tests!r})
 from pytorch_lightning.loggers import TensorBoardLogger
 from inq_lightning import INQCallback
-from inq_lightning.monitor import INQMonitor
+from inq_lightning.frontends.lightning.monitor import INQMonitor
 from support import SCHEDULE, TinyModule, trainer
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

@@ -17,11 +17,11 @@ from support import TinyModule, same_bits, trainer
 from torch import Tensor, nn
 
 from inq_lightning import INQCallback, PowerOfTwoGrid
-from inq_lightning.classifier import Classifier
-from inq_lightning.data import DigitsDataModule
-from inq_lightning.export.onnx import METADATA_KEY, export_onnx, session_options
-from inq_lightning.models import ResNetCIFAR, SmallCNN
-from inq_lightning.selection import select_parameters
+from inq_lightning.core.selection import select_parameters
+from inq_lightning.formats.onnx import METADATA_KEY, export_onnx, session_options
+from inq_lightning.recipes.classifier import Classifier
+from inq_lightning.recipes.data import DigitsDataModule
+from inq_lightning.recipes.models import ResNetCIFAR, SmallCNN
 
 BITS = range(2, 9)
 SHARES = {2: 0.08, 3: 0.14, 4: 0.14, 5: 0.27, 7: 0.27}  # of a float32 file, what one of so many bits may have

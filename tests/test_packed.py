@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from inq_lightning.export.packed import Packed, _has_bags, _has_fast_int8, to_packed
+from inq_lightning.core.selection import select_parameters
 from inq_lightning.grid import PowerOfTwoGrid
-from inq_lightning.models import ResNetCIFAR, SmallCNN
-from inq_lightning.selection import select_parameters
+from inq_lightning.recipes.models import ResNetCIFAR, SmallCNN
+from inq_lightning.runtime.modules import Packed, _has_bags, _has_fast_int8, to_packed
 from tests.support import same_bits
 
 BITS = range(2, 9)

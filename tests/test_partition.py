@@ -12,9 +12,9 @@ from torch import Tensor, distributed, multiprocessing
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from inq_lightning import sharded
-from inq_lightning.frozen import FrozenWeight
-from inq_lightning.partition import check_partition, scores, select
+from inq_lightning.core import sharding
+from inq_lightning.core.frozen import FrozenWeight
+from inq_lightning.core.partition import check_partition, scores, select
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -191,17 +191,17 @@ def check_on_mesh(
             assert tuple(rounding) == pytest.approx(tuple(single), rel=1e-12), where
             assert spread.frozen == plain.frozen == round(portion * whole.numel()), where
             assert spread.grid == plain.grid, where
-            assert torch.equal(spread.mask, sharded.local_part(plain.mask, spread.parameter)), where
+            assert torch.equal(spread.mask, sharding.local_part(plain.mask, spread.parameter)), where
 
             # Re-train a little: only what is free moves, here as there.
             for weight in (plain, spread):
                 moved = torch.linspace(-0.5, 0.5, whole.numel()).view(whole.shape).to(dtype)
-                sharded.local(weight.parameter).add_(sharded.local_part(moved, weight.parameter))
+                sharding.local(weight.parameter).add_(sharding.local_part(moved, weight.parameter))
                 weight.restore()
             assert spread.drifted() == 0, where
-            assert identical(sharded.local(spread.parameter), sharded.local_part(plain.parameter, spread.parameter)), (
-                where
-            )
+            assert identical(
+                sharding.local(spread.parameter), sharding.local_part(plain.parameter, spread.parameter)
+            ), where
             if portion != 0.8:
                 continue
 
@@ -213,10 +213,10 @@ def check_on_mesh(
             reloaded = FrozenWeight(name, again, bits=4)
             reloaded.load_state_dict(expected_state)
             assert (reloaded.grid, reloaded.frozen) == (plain.grid, plain.frozen), where
-            sharded.local(again).fill_(9.0)
+            sharding.local(again).fill_(9.0)
             reloaded.restore()
             expected = torch.where(plain.mask, plain.parameter, 9.0)
-            assert identical(sharded.local(again), sharded.local_part(expected, again)), where
+            assert identical(sharding.local(again), sharding.local_part(expected, again)), where
 
 
 def check_gradients_and_errors(mesh: DeviceMesh) -> None:
@@ -226,7 +226,7 @@ def check_gradients_and_errors(mesh: DeviceMesh) -> None:
     frozen.freeze(0.5)
     parameter.grad = distribute_tensor(torch.full((7, 3), torch.inf), mesh, (Shard(0),), src_data_rank=None)
     frozen.mask_gradient()
-    mask = sharded.full(frozen.mask, parameter)
+    mask = sharding.full(frozen.mask, parameter)
     assert identical(parameter.grad.full_tensor(), torch.where(mask, 0.0, torch.inf))
 
     # One bad weight in one process is an error in all of them, or the others would wait for ever.
@@ -239,10 +239,10 @@ def check_gradients_and_errors(mesh: DeviceMesh) -> None:
     assert not diverged.mask.any()
     free = torch.zeros(7, 3, dtype=torch.bool)
     free[4, 1] = True
-    chosen = select(sharded.local(parameter).abs(), sharded.local_part(free, parameter), 1, like=parameter)
-    assert torch.equal(sharded.full(chosen, parameter), free)
+    chosen = select(sharding.local(parameter).abs(), sharding.local_part(free, parameter), 1, like=parameter)
+    assert torch.equal(sharding.full(chosen, parameter), free)
     with pytest.raises(ValueError, match="cannot choose 2 of 1 free weights"):
-        select(sharded.local(parameter).abs(), sharded.local_part(free, parameter), 2, like=parameter)
+        select(sharding.local(parameter).abs(), sharding.local_part(free, parameter), 2, like=parameter)
 
 
 def worker(rank: int, init_file: str) -> None:
@@ -277,11 +277,11 @@ def test_sharded_tensors_freeze_exactly_as_whole_ones_do(tmp_path: Path) -> None
 def test_plain_tensors_pass_through_the_sharding_helpers() -> None:
     w = torch.randn(3, 4).requires_grad_()
     assert not isinstance(w, DTensor)
-    assert sharded.local(w).data_ptr() == w.data_ptr()
-    assert not sharded.local(w).requires_grad
+    assert sharding.local(w).data_ptr() == w.data_ptr()
+    assert not sharding.local(w).requires_grad
     flat = torch.tensor([0, 5, 11])
-    assert torch.equal(sharded.global_index(flat, w), flat)
-    assert torch.equal(sharded.local_part(flat, w), flat)
-    assert torch.equal(sharded.full(flat, w), flat)
-    assert torch.equal(sharded.sum_over_shards(flat.clone(), w), flat)
-    assert torch.equal(sharded.max_over_shards(flat.clone(), w), flat)
+    assert torch.equal(sharding.global_index(flat, w), flat)
+    assert torch.equal(sharding.local_part(flat, w), flat)
+    assert torch.equal(sharding.full(flat, w), flat)
+    assert torch.equal(sharding.sum_over_shards(flat.clone(), w), flat)
+    assert torch.equal(sharding.max_over_shards(flat.clone(), w), flat)

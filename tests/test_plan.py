@@ -20,9 +20,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 from inq_lightning import PRESETS, FrozenWeight, INQCallback, Schedule, select_parameters
-from inq_lightning.cli.plan import make_plan
-from inq_lightning.plan import Plan
-from inq_lightning.report import Report
+from inq_lightning.core.plan import Plan
+from inq_lightning.recipes.plan import make_plan
+from inq_lightning.report.run import Report
 
 
 class Recorder(Callback):
@@ -184,7 +184,7 @@ def configured(*overrides: str) -> Plan:
 
 
 def test_the_script_takes_the_keys_of_inq_train_reads_no_data_and_leaves_no_file(tmp_path: Path) -> None:
-    command = [Path(sysconfig.get_path("scripts")) / "python", "-m", "inq_lightning.cli.plan"]
+    command = [Path(sysconfig.get_path("scripts")) / "python", "-m", "inq_lightning.recipes.plan"]
     overrides = ["model=resnet20", "--json", "data=npz", "inq.bits=4", "inq.schedule.epochs_per_phase=2"]
     done = subprocess.run([*command, *overrides], cwd=tmp_path, capture_output=True, text=True, check=True)
     plan = json.loads(done.stdout)

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from inq_lightning import PowerOfTwoGrid
-from inq_lightning.plots import (
+from inq_lightning.report.plots import (
     Exponents,
     count_exponents,
     exponent_heatmap,
@@ -156,7 +156,7 @@ def test_without_a_metric_of_a_stage_there_is_nothing_to_draw() -> None:
 
 def test_figures_need_no_display_and_leave_pyplot_alone() -> None:
     code = (
-        "import io, sys; from inq_lightning.plots import *; import torch; "
+        "import io, sys; from inq_lightning.report.plots import *; import torch; "
         "exponent_heatmap({'a': count_exponents(torch.ones(3))}).savefig(io.BytesIO()); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )

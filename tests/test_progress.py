@@ -18,8 +18,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from support import SCHEDULE, TinyModule, trainer
 
 from inq_lightning import INQCallback, Schedule
-from inq_lightning.cli.train import accept_json, choose_output
-from inq_lightning.progress import INQProgressBar
+from inq_lightning.frontends.lightning.progress import INQProgressBar
+from inq_lightning.recipes.train import accept_json, choose_output
 
 
 class Lines(Callback):

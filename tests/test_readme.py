@@ -13,8 +13,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from support import TinyModule
 
-from inq_lightning.config import INQConfig, ScheduleConfig, register_training
-from inq_lightning.schedule import PRESETS
+from inq_lightning.core.schedule import PRESETS
+from inq_lightning.recipes.config import INQConfig, ScheduleConfig, register_training
 
 register_training()
 

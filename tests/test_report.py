@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from inq_lightning import INQCallback
-from inq_lightning.report import Report
+from inq_lightning.report.run import Report
 
 REPORT = Report(
     before={"test/loss": 0.5, "test/acc": 0.75},

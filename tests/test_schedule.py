@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inq_lightning.schedule import PRESETS, Schedule, default_preset
+from inq_lightning.core.schedule import PRESETS, Schedule, default_preset
 
 PAPER = {
     "alexnet": (0.3, 0.6, 0.8, 1.0),

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from inq_lightning.selection import select_parameters
+from inq_lightning.core.selection import select_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.*")
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import sizes
 from benchmarks.networks import NETWORKS
 from inq_lightning import PowerOfTwoGrid
-from inq_lightning.selection import select_parameters
+from inq_lightning.core.selection import select_parameters
 
 
 @pytest.mark.parametrize("network", list(NETWORKS))

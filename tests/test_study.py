@@ -15,8 +15,8 @@ from omegaconf import DictConfig
 from safetensors.torch import save_file
 
 from benchmarks.accuracy import norms, results, study
-from inq_lightning.classifier import Classifier
-from inq_lightning.models import ResNetCIFAR
+from inq_lightning.recipes.classifier import Classifier
+from inq_lightning.recipes.models import ResNetCIFAR
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "benchmarks" / "accuracy" / "conf"

@@ -26,9 +26,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from inq_lightning import PRESETS, PowerOfTwoGrid
-from inq_lightning.cli.train import main, plan_epochs
-from inq_lightning.models import LeNet5, SmallCNN
-from inq_lightning.report import Report
+from inq_lightning.recipes.models import LeNet5, SmallCNN
+from inq_lightning.recipes.train import main, plan_epochs
+from inq_lightning.report.run import Report
 
 SCRIPT = Path(sysconfig.get_path("scripts")) / "inq-train"
 SHORT = (

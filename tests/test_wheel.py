@@ -81,9 +81,9 @@ def test_the_wheel_installs_the_console_scripts(built: dict[str, Path]) -> None:
         (name,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
         scripts = configparser.ConfigParser()
         scripts.read_string(archive.read(name).decode())
-    functions = {"train": "command", "plan": "command", "export": "main", "inspect": "main"}
+    functions = {"recipes.train": "command", "recipes.plan": "command", "cli.export": "main", "cli.inspect": "main"}
     assert dict(scripts["console_scripts"]) == {
-        f"inq-{name}": f"inq_lightning.cli.{name}:{function}" for name, function in functions.items()
+        f"inq-{name.partition('.')[2]}": f"inq_lightning.{name}:{function}" for name, function in functions.items()
     }
 
 
@@ -92,8 +92,8 @@ import sys
 from hydra import compose, initialize_config_dir, initialize_config_module
 with initialize_config_dir({configs!r}, version_base="1.3"):
     print(compose("train", ["callbacks=[default,inq]", "inq.bits=4", "inq/schedule=2bit"]).callbacks.inq)
-import inq_lightning.config
-inq_lightning.config.register_training()
+import inq_lightning.recipes.config
+inq_lightning.recipes.config.register_training()
 with initialize_config_module("inq_lightning.conf", version_base="1.3"):
     print(compose("train", ["inq/schedule=2bit", "inq.bits=2"]))
 print(inq_lightning.__file__, sys.modules["hydra_plugins.inq_lightning"].__file__)
@@ -111,5 +111,5 @@ def test_what_is_installed_finds_its_configs_outside_the_source_tree(built: dict
     assert all(Path(place).is_relative_to(target) for place in places.split())
     assert "'bits': 4" in callback
     assert "'preset': '2bit'" in callback
-    assert "'_target_': 'inq_lightning.classifier.Classifier'" in application
+    assert "'_target_': 'inq_lightning.recipes.classifier.Classifier'" in application
     assert "'preset': '2bit'" in application

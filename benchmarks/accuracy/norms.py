@@ -19,7 +19,7 @@ from pytorch_lightning import LightningDataModule, Trainer
 from safetensors.torch import load_file
 from torch.optim.swa_utils import update_bn
 
-from inq_lightning.classifier import Classifier
+from inq_lightning.recipes.classifier import Classifier
 
 KEPT = Path(__file__).parent / "norms.json"
 

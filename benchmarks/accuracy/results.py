@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from benchmarks.accuracy.channels import KEPT as CHANNELS_KEPT
 from benchmarks.accuracy.norms import KEPT as NORMS_KEPT
 from benchmarks.accuracy.study import TRIAL
-from inq_lightning.plots import Exponents, exponent_histogram
+from inq_lightning.report.plots import Exponents, exponent_histogram
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"

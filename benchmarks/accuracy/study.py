@@ -31,12 +31,12 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 
 from inq_lightning import INQCallback, PowerOfTwoGrid, Schedule
-from inq_lightning.classifier import Classifier
-from inq_lightning.cli.train import build_trainer, plan_epochs
-from inq_lightning.config import TrainConfig
-from inq_lightning.export.grids import find_grids
-from inq_lightning.plots import count_exponents
-from inq_lightning.restart import LearningRateRestart
+from inq_lightning.core.restart import LearningRateRestart
+from inq_lightning.formats.layers import find_grids
+from inq_lightning.recipes.classifier import Classifier
+from inq_lightning.recipes.config import TrainConfig
+from inq_lightning.recipes.train import build_trainer, plan_epochs
+from inq_lightning.report.plots import count_exponents
 
 
 @dataclass

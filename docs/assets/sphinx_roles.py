@@ -8,7 +8,7 @@ from typing import Any
 import griffe
 
 ROLE = re.compile(r":(?:class|func|meth|attr|mod):`(?:(?P<title>[^`<]+?)\s*<)?(?P<short>~?)(?P<target>[\w.]+)>?`")
-ALIASES = {"inq_lightning.INQCallback": "inq_lightning.callback.INQCallback"}
+ALIASES = {"inq_lightning.INQCallback": "inq_lightning.frontends.lightning.callback.INQCallback"}
 
 
 class SphinxRoles(griffe.Extension):

@@ -8,10 +8,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from pytorch_lightning import Trainer
 
-import inq_lightning.config  # noqa: F401  registers the types behind the groups
-from inq_lightning.classifier import Classifier
-from inq_lightning.data import DigitsDataModule
-from inq_lightning.models import SmallCNN
+import inq_lightning.recipes.config  # noqa: F401  registers the types behind the groups
+from inq_lightning.recipes.classifier import Classifier
+from inq_lightning.recipes.data import DigitsDataModule
+from inq_lightning.recipes.models import SmallCNN
 
 
 @hydra.main(version_base="1.3", config_path=".", config_name="app")

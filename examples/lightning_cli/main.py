@@ -6,8 +6,8 @@ Run ``python main.py fit --config config.yaml --trainer.callbacks.bits=4``.
 from pytorch_lightning.cli import LightningCLI
 
 from inq_lightning import INQCallback
-from inq_lightning.classifier import Classifier
-from inq_lightning.data import DigitsDataModule
+from inq_lightning.recipes.classifier import Classifier
+from inq_lightning.recipes.data import DigitsDataModule
 
 if __name__ == "__main__":
     cli = LightningCLI(Classifier, DigitsDataModule, seed_everything_default=0)

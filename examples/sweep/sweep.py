@@ -9,7 +9,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from inq_lightning.cli import train
+from inq_lightning.recipes import train
 
 FLOOR = 0.97  # lowest test accuracy that will do
 

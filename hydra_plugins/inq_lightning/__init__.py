@@ -42,7 +42,7 @@ class INQSource(file_config_source.FileConfigSource):
 
         Hydra composes from a copy of its sources and their store, made before: they go there.
         """
-        from inq_lightning.config import INQConfig, ScheduleConfig
+        from inq_lightning.recipes.config import INQConfig, ScheduleConfig
 
         self.store.store("base", INQConfig, "inq")
         self.store.store("base", ScheduleConfig, "inq/schedule")

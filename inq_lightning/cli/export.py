@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from inq_lightning.export.accelerator import FORMATS, save_accelerator
-from inq_lightning.export.artifact import common_prefix, save_state_dict
-from inq_lightning.export.checkpoint import Checkpoint, LayerRecord, read_checkpoint
-from inq_lightning.export.onnx import export_onnx
+from inq_lightning.formats.accelerator import FORMATS, save_accelerator
+from inq_lightning.formats.checkpoint import Checkpoint, LayerRecord, read_checkpoint
+from inq_lightning.formats.onnx import export_onnx
+from inq_lightning.formats.packed import common_prefix, save_state_dict
 
 _DESCRIPTION = """
 Writes the quantized network of a checkpoint as a file for inference.

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inq_lightning.inspection import inspect_file
-from inq_lightning.models import import_extra
+from inq_lightning._common import import_extra
+from inq_lightning.report.readers import inspect_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,1 +1,0 @@
-"""What leaves training: packed codes, the artifact, packed modules, ONNX and accelerator formats."""

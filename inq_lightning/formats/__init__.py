@@ -1,0 +1,1 @@
+"""Files of quantized networks: each module writes, reads and recognizes one format."""

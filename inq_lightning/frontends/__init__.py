@@ -1,0 +1,1 @@
+"""When the algorithm is called, in each kind of training loop."""

@@ -1,0 +1,1 @@
+"""INQ in a Lightning Trainer."""

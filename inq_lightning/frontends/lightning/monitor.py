@@ -1,0 +1,366 @@
+"""What TensorBoard and other loggers show of a quantization beyond the scalars that INQCallback logs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities.model_helpers import is_overridden
+from torch import nn
+
+from inq_lightning.core import sharding
+from inq_lightning.frontends.lightning.callback import INQCallback, LayerInfo, _Callback
+from inq_lightning.report import plots
+from inq_lightning.report.metrics import BitsPerWeight
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# TensorBoard shows the first hyper-parameters of the table only, and those first that are marked to differ.
+_FIRST = ("inq/bits", "inq/exponent", "inq/partition", "inq/portions", "lr", "learning_rate")
+
+
+class INQMonitor(_Callback):
+    """Shows loggers how the quantization goes; put it beside an :class:`~inq_lightning.INQCallback`.
+
+    At the beginning of each phase, and at the end as far as something has changed, each logger gets what it can take:
+
+    - figures (TensorBoard, W&B, MLflow): weights over exponents by layer, frozen and free apart; a heat map of layers
+      and exponents; metrics against the quantized fraction. They need matplotlib. TensorBoard shows ten images of each
+      kind, the 2-bit presets' ten phases; for more, start it with ``--samples_per_plugin images=100``.
+    - histograms (TensorBoard): the exponents of each layer's weights, frozen and free apart; zeros have none.
+    - a layout (TensorBoard's custom scalars) that groups INQ's scalars, and metrics by quantity.
+    - hyper-parameters: INQCallback's arguments, as ``inq/bits`` and so on, beside the module's own. TensorBoard's
+      HPARAMS tab shows them with the metrics, so that the runs of a sweep can be compared; Lightning's placeholder
+      ``hp_metric`` is left out, as TensorBoard keeps only the first set that a run writes.
+    - ``inq/bytes``: size of all parameters with the quantized ones at their bits, at the end.
+
+    Metrics are those whose names begin with ``train``, ``val`` or ``test``. An evaluation before ``fit`` is taken for
+    the full-precision network's. Training itself is the same, bit for bit, with and without this callback.
+
+    Raises:
+        ValueError: The Trainer has no INQCallback; raised when it starts.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._history: list[dict[str, Any]] = []  # step, fraction, metrics
+        self._before: dict[str, float] = {}  # metrics of evaluations before fit
+        self._shown = 0  # the phase that figures show
+        self._final = False  # whether they show weights that will not move any more
+        self._grouped = False  # whether the layout is written
+        self._drawing = True  # until matplotlib turns out to be missing
+
+    # ---- Lightning's hooks -------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make sure that there is something to monitor, and forget an earlier run."""
+        _inq(trainer)
+        for logger in trainer.loggers:
+            if hasattr(logger, "_default_hp_metric"):  # else its placeholder would be the first to be written
+                logger._default_hp_metric = False
+        if stage == "fit":
+            self._history, self._before = [_point(0, 0.0, self._before)] if self._before else [], {}
+            self._shown, self._final, self._grouped, self._drawing = 0, False, False, True
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add INQCallback's arguments to the hyper-parameters."""
+        for logger in trainer.loggers:
+            logger.log_hyperparams(_settings(_inq(trainer)))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show a phase that has just begun."""
+        phase = _inq(trainer).phase
+        if phase != self._shown:
+            self._shown = phase
+            self._show(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the metrics; those of a validation by itself are shown at once."""
+        if not trainer.sanity_checking:
+            self._evaluated(trainer, "val")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the metrics and show them."""
+        self._evaluated(trainer, "test")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the training metrics."""
+        self._record(trainer, _metrics(trainer, "train"))
+        self._group(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the final state, its size and the hyper-parameters."""
+        inq = _inq(trainer)
+        self._group(trainer, pl_module)
+        self._show(trainer, pl_module)
+        if not trainer.is_global_zero:
+            return
+        size = float((size_of(pl_module, inq.layers).bits + 7) // 8)
+        for logger in trainer.loggers:
+            logger.log_metrics({"inq/bytes": size}, trainer.global_step)
+            logger.save()
+        for logger in _loggers(trainer, "TensorBoardLogger"):
+            self._compare(logger, pl_module, inq)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The metrics so far, as plain numbers."""
+        return {"history": copy.deepcopy(self._history)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the metrics of the interrupted run."""
+        self._history = copy.deepcopy(state_dict["history"])
+
+    # ---- metrics against the fraction --------------------------------------------------------------------------------
+
+    def _evaluated(self, trainer: Trainer, stage: str) -> None:
+        metrics = _metrics(trainer, stage)
+        if trainer.state.fn == "fit" or self._history:
+            self._record(trainer, metrics)
+        else:
+            self._before |= metrics
+        if trainer.state.fn != "fit" and self._history and metrics:
+            self._draw(trainer, "inq/metrics", self._metrics_figure, trainer.global_step + 1)  # beside the last of fit
+
+    def _record(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        fraction = _inq(trainer).quantized_fraction
+        last = self._history[-1] if self._history else None
+        if last and (last["step"], last["fraction"]) == (trainer.global_step, fraction):
+            last["metrics"] |= metrics
+        elif metrics:
+            self._history.append(_point(trainer.global_step, fraction, metrics))
+
+    def _metrics_figure(self) -> Figure:
+        points = [(point["fraction"], point["metrics"]) for point in self._history]
+        return plots.metrics_against_fraction(points, "line: end of each phase; dots: every evaluation")
+
+    # ---- what loggers get --------------------------------------------------------------------------------------------
+
+    def _show(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give every logger the state of the weights, and the metrics so far."""
+        if not any(_draws(logger) for logger in trainer.loggers):
+            return
+        inq = _inq(trainer)
+        final = inq.quantized_fraction == 1
+        if not (final and self._final):
+            self._show_weights(trainer, pl_module, inq)
+        self._final = final
+        if self._history:
+            self._draw(trainer, "inq/metrics", self._metrics_figure)
+
+    def _show_weights(self, trainer: Trainer, pl_module: LightningModule, inq: INQCallback) -> None:
+        """Where they lie on the exponent axis; a collective call for sharded parameters."""
+        layers = _exponents(pl_module, inq)
+        if not layers or not trainer.is_global_zero:
+            return
+        title = f"phase {inq.phase} of {len(inq.schedule.portions)}, {inq.quantized_fraction:.1%} frozen"
+        for logger in _loggers(trainer, "TensorBoardLogger"):
+            for name, layer in layers.items():
+                _add_histogram(logger, f"inq_exponents/{name}/frozen", layer.frozen, trainer.global_step)
+                _add_histogram(logger, f"inq_exponents/{name}/free", layer.free, trainer.global_step)
+        self._draw(trainer, "inq/exponents", lambda: plots.exponent_histogram(layers, title))
+        self._draw(trainer, "inq/heatmap", lambda: plots.exponent_heatmap(layers, title))
+
+    def _draw(self, trainer: Trainer, tag: str, figure: Callable[[], Figure], step: int | None = None) -> None:
+        """Give a figure to the loggers that take one."""
+        loggers = [(logger, draw) for logger in trainer.loggers if (draw := _draws(logger))]
+        if not self._drawing or not loggers or not trainer.is_global_zero:
+            return
+        try:
+            drawn = figure()
+        except ImportError as error:
+            self._drawing = False
+            rank_zero_warn(f"INQMonitor logs no figures: {error}")
+            return
+        for logger, draw in loggers:
+            draw(logger, tag, drawn, trainer.global_step if step is None else step)
+
+    def _group(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write TensorBoard's layout of scalars, once the names of the metrics are known."""
+        if self._grouped or not trainer.is_global_zero:
+            return
+        self._grouped = True
+        layout = _layout([*trainer.callback_metrics, *sorted(self._names(pl_module) - set(trainer.callback_metrics))])
+        for logger in _loggers(trainer, "TensorBoardLogger"):
+            logger.experiment.add_custom_scalars(layout)
+
+    def _names(self, pl_module: LightningModule) -> set[str]:
+        """Metrics so far, and those of a test, which comes after fit: TensorBoard counts only what is named first."""
+        names = {name for point in self._history for name in point["metrics"]}
+        if is_overridden("test_step", pl_module):
+            names |= {re.sub("^val(id(ation)?)?", "test", name) for name in names if _is_of(name, "val")}
+        return names
+
+    def _compare(self, logger: Any, pl_module: LightningModule, inq: INQCallback) -> None:
+        """Write what TensorBoard's HPARAMS tab compares: hyper-parameters, and which scalars are the result."""
+        names = self._names(pl_module) | {"inq/quantized_fraction", "inq/bytes"}
+        hparams = _flat(pl_module.hparams) | _settings(inq)
+        with contextlib.suppress(ModuleNotFoundError):  # the logger writes through tensorboardX
+            from torch.utils.tensorboard.summary import hparams as summarize
+
+            texts = {name: str(value) if isinstance(value, bool) else value for name, value in hparams.items()}
+            experiment, *session = summarize(texts, dict.fromkeys(sorted(names), 0.0))  # type: ignore[no-untyped-call]
+            plugin = experiment.value[0].metadata.plugin_data
+            content = import_module("tensorboard.plugins.hparams.plugin_data_pb2").HParamsPluginData()
+            content.ParseFromString(plugin.content)
+            for info in content.experiment.hparam_infos:
+                info.differs = info.name in _FIRST
+            plugin.content = content.SerializeToString()
+            for summary in (experiment, *session):
+                logger.experiment.file_writer.add_summary(summary)
+
+
+def _inq(trainer: Trainer) -> INQCallback:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, INQCallback):
+            return callback
+    raise ValueError(
+        "INQMonitor shows what INQCallback does, and the Trainer has none: Trainer(callbacks=[INQCallback(), "
+        "INQMonitor()])"
+    )
+
+
+def _point(step: int, fraction: float, metrics: dict[str, float]) -> dict[str, Any]:
+    return {"step": step, "fraction": fraction, "metrics": metrics}
+
+
+def _is_of(name: str, stage: str) -> bool:
+    split = plots.split_metric(name)
+    return split is not None and split[0] == stage
+
+
+def _metrics(trainer: Trainer, stage: str) -> dict[str, float]:
+    """The metrics of one stage; of those that Lightning has twice, by step and by epoch, the latter.
+
+    All processes have to ask: computing a metric may be a collective call.
+    """
+    metrics = {name: value for name, value in trainer.callback_metrics.items() if _is_of(name, stage)}
+    twice = {f"{name}{suffix}" for name in metrics for suffix in ("_step", "_epoch")}
+    return {name: float(value) for name, value in metrics.items() if name not in twice}
+
+
+def _exponents(pl_module: LightningModule, inq: INQCallback) -> dict[str, plots.Exponents]:
+    """Count all quantized layers' weights; for sharded parameters it is a collective call."""
+    sharding.reshard(pl_module)
+    parameters = {n.replace("_orig_mod.", ""): p for n, p in pl_module.named_parameters(remove_duplicate=False)}
+    counted = {}
+    for layer in inq.layers:
+        parameter = parameters[layer.name]
+        weight = sharding.full(sharding.local(parameter), parameter)
+        counted[layer.name] = plots.count_exponents(weight, inq.frozen_mask(layer.name), layer.n1, layer.n2)
+    return counted
+
+
+def size_of(module: nn.Module, layers: Iterable[LayerInfo]) -> BitsPerWeight:
+    """Measure all parameters, those of ``layers`` at their bits a weight; the metric's ``bits`` is their sum."""
+    widths = {layer.name: layer.bits for layer in layers}
+    size = BitsPerWeight()
+    for name, parameter in module.named_parameters():
+        size.update(parameter.detach(), widths.get(name.replace("_orig_mod.", "")))
+    return size
+
+
+def _settings(inq: INQCallback) -> dict[str, Any]:
+    """INQCallback's arguments as hyper-parameters."""
+    settings = {name: getattr(inq, name) for name in inspect.signature(INQCallback).parameters if name != "schedule"}
+    schedule = {"portions": inq.schedule.portions, "starts": inq.schedule.starts, "unit": inq.schedule.unit}
+    return {f"inq/{name}": value for name, value in _flat(settings | schedule).items()}
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What can be compared: plain values, collections of them as text; nothing where there is nothing."""
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, (bool, int, float, str)):
+            flat[name] = value
+        elif isinstance(value, Mapping) and value:
+            flat[name] = ", ".join(f"{key}: {item}" for key, item in value.items())
+        elif isinstance(value, (list, tuple)) and value:
+            flat[name] = ", ".join(map(str, value))
+    return flat
+
+
+def _layout(metrics: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+    """Charts by category; TensorBoard takes the names for regular expressions."""
+
+    def chart(*names: str) -> list[Any]:
+        return ["Multiline", [f"^{re.escape(name)}$" for name in names]]
+
+    quantization = {
+        "quantized fraction": chart("inq/quantized_fraction"),
+        "phase": chart("inq/phase"),
+        "signal-to-quantization-noise ratio (dB)": chart("inq/sqnr_db"),
+    }
+    if any(name.startswith("inq/quantized_fraction/") for name in metrics):
+        quantization["quantized fraction by layer"] = ["Multiline", ["^inq/quantized_fraction/.+$"]]
+    if rates := [name for name in metrics if name.startswith("lr-")]:
+        quantization["learning rate"] = chart(*rates)
+    quantities: dict[str, list[str]] = {}
+    for name in metrics:
+        split = plots.split_metric(name)
+        if split:
+            quantities.setdefault(split[1], []).append(name)
+    layout = {"INQ": quantization}
+    if quantities:
+        layout["metrics"] = {quantity: chart(*names) for quantity, names in sorted(quantities.items())}
+    return layout
+
+
+# ---- loggers, told by the names of their classes: Lightning exists as two packages with the same ones ----------------
+
+
+def _is(logger: Any, name: str) -> bool:
+    return any(base.__name__ == name for base in type(logger).__mro__)
+
+
+def _loggers(trainer: Trainer, name: str) -> list[Any]:
+    return [logger for logger in trainer.loggers if _is(logger, name)]
+
+
+def _tensorboard(logger: Any, tag: str, figure: Figure, step: int) -> None:
+    logger.experiment.add_figure(tag, figure, step)
+
+
+def _wandb(logger: Any, tag: str, figure: Figure, step: int) -> None:
+    logger.log_image(tag, [figure], step)
+
+
+def _mlflow(logger: Any, tag: str, figure: Figure, step: int) -> None:
+    logger.experiment.log_figure(logger.run_id, figure, f"{tag}/{step:08d}.png")
+
+
+_LOGGERS = {"TensorBoardLogger": _tensorboard, "WandbLogger": _wandb, "MLFlowLogger": _mlflow}
+
+
+def _draws(logger: Any) -> Callable[[Any, str, Figure, int], None] | None:
+    """How this logger takes a figure, if it does."""
+    return next((draw for name, draw in _LOGGERS.items() if _is(logger, name)), None)
+
+
+def _add_histogram(logger: Any, tag: str, counts: Mapping[int | None, int], step: int) -> None:
+    """One bucket for each exponent, half of it to either side."""
+    exponents = sorted(k for k in counts if k is not None)
+    if not exponents:
+        return
+    every = range(exponents[0], exponents[-1] + 1)
+    number = [counts.get(k, 0) for k in every]
+    logger.experiment.add_histogram_raw(
+        tag,
+        min=every[0] - 0.5,
+        max=every[-1] + 0.5,
+        num=sum(number),
+        sum=sum(k * n for k, n in zip(every, number, strict=True)),
+        sum_squares=sum(k * k * n for k, n in zip(every, number, strict=True)),
+        bucket_limits=[k + 0.5 for k in every],
+        bucket_counts=number,
+        global_step=step,
+    )

@@ -1,0 +1,1 @@
+"""The training application behind `inq-train` and `inq-plan`."""

@@ -1,0 +1,91 @@
+"""`inq-plan`: what `inq-train` would do with the same keys, without data and without training.
+
+A Hydra application over `conf/`, like `inq-train`::
+
+    inq-plan model=resnet20 data=npz inq.bits=4
+    inq-plan inq/schedule=alexnet trainer.max_epochs=20 --json
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from pytorch_lightning import LightningModule, Trainer
+
+from inq_lightning._common import import_extra
+from inq_lightning.core.plan import Plan
+from inq_lightning.core.schedule import Schedule
+from inq_lightning.frontends.lightning import clock
+from inq_lightning.frontends.lightning.callback import INQCallback
+from inq_lightning.recipes.train import accept_json, choose_output, load_checkpoint, load_weights, plan_epochs
+
+DOWNLOADS: dict[str, dict[str, Any]] = {  # arguments of networks that would fetch weights, which no plan needs
+    "inq_lightning.recipes.models.torchvision_model": {"weights": None},
+    "inq_lightning.recipes.models.timm_model": {"pretrained": False},
+}
+
+
+def command() -> None:
+    """The console script."""
+    accept_json()
+    main()
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="plan")
+def main(cfg: DictConfig) -> None:
+    """Print the plan of the configured run."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # as inq-train does
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    choose_output(cfg)
+    plan = make_plan(cfg)
+    if cfg.output == "json":
+        print(json.dumps(asdict(plan)))
+    else:
+        import_extra("rich.console", "train").Console().print(plan.table())
+
+
+def make_plan(cfg: DictConfig) -> Plan:
+    """The plan of the run that a config describes; ``ckpt``, where given, tells which weights are zero.
+
+    Raises:
+        ValueError: ``resume`` is set, or `inq-train` would refuse the run.
+    """
+    if cfg.resume:
+        raise ValueError("inq-plan plans a run from its beginning; leave out resume=true")
+    callback: INQCallback = instantiate(cfg.inq)
+    plan_epochs(cfg, callback.schedule)
+    net = cfg.model.get("net") or {}
+    for key, value in DOWNLOADS.get(net.get("_target_", ""), {}).items():
+        net[key] = value
+    module: LightningModule = instantiate(cfg.model, _convert_="all")
+    if cfg.ckpt is not None:
+        checkpoint = load_checkpoint(cfg)
+        load_weights(module, checkpoint.get("state_dict", checkpoint), cfg)
+    return Plan.of(module, callback.select(module), fit_schedule(cfg, callback.schedule), callback.keep_zeros)
+
+
+def fit_schedule(cfg: DictConfig, schedule: Schedule) -> Schedule:
+    """The schedule as the callback will fit it to the run; still open where that takes the number of batches.
+
+    Raises:
+        ValueError: The run is too short for it.
+    """
+    limits = cfg.trainer.max_epochs, cfg.trainer.max_steps
+    if schedule.starts is None and limits[0] is not None and (schedule.unit == "step" or limits[1] != -1):
+        return schedule
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = Trainer(max_epochs=limits[0], max_steps=limits[1], accelerator="cpu", **quiet)  # type: ignore[arg-type]
+    return clock.fit_schedule(schedule, trainer, origin=0)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,1 @@
+"""Numbers about networks and runs, for people and for programs."""
