@@ -7,7 +7,9 @@ import itertools
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
+
+from inq_lightning._common import one_of
 
 Unit = Literal["epoch", "step"]
 
@@ -62,8 +64,7 @@ class Schedule:
             raise ValueError(
                 f"the last portion must be 1.0, or some weights would never be quantized, got {list(portions)}"
             )
-        if self.unit not in get_args(Unit):
-            raise ValueError(f"unit must be one of {', '.join(get_args(Unit))}, got {self.unit!r}")
+        one_of("unit", self.unit, Unit)
         if self.starts is None:
             return
         starts = tuple(_number(s, int, "start") for s in self.starts)

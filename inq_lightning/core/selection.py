@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
-from inq_lightning.grid import check_bits
+from inq_lightning.grid.power_of_two import check_bits
 
 
 class Selected(NamedTuple):
