@@ -21,6 +21,11 @@ class Reduction(NamedTuple):
     max: Callable[[Tensor], Tensor] = lambda partial: partial
 
 
+def table_order(codes: range) -> list[int]:
+    """Codes in the order of a table that is indexed by the code itself, where a negative one counts from the end."""
+    return [*range(codes.stop), *range(codes.start, 0)]
+
+
 #: For a tensor that is in one piece.
 WHOLE = Reduction()
 
