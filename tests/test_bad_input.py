@@ -159,7 +159,7 @@ def layer(state: dict[str, Any]) -> dict[str, Any]:
 
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "a later version": (lambda s: s.update(version=2), "version 2, this release reads version 1"),
+    "a later version": (lambda s: s.update(version=3), "version 3, this release reads versions 1 to 2"),
     "no version": (lambda s: s.__delitem__("version"), "version None"),
     "no dict": (lambda s: [1, 2], "it is a list, not a dict"),
     "text": (lambda s: "INQ", "it is a str, not a dict"),
@@ -174,7 +174,11 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "layer of another type": (lambda s: s["layers"].update({"net.3.weight": 5}), "net.3.weight is a int, not a dict"),
     "no mask": (lambda s: layer(s).__delitem__("mask"), "net.3.weight: mask is missing"),
     "mask of another type": (lambda s: layer(s).update(mask=[1]), "net.3.weight: mask is of type list"),
-    "exponent of another type": (lambda s: layer(s).update(n1="0"), "net.3.weight: n1 is of type str"),
+    "no options": (lambda s: s.__delitem__("options"), "options is missing"),
+    "grid of another type": (lambda s: layer(s).update(grid="0"), "net.3.weight: grid is of type str"),
+    "unknown kind of grid": (lambda s: layer(s)["grid"].update(kind="apot"), "net.3.weight: the kind of a grid must"),
+    "unknown field of a grid": (lambda s: layer(s)["grid"].update(n3=0), "net.3.weight: {"),
+    "exponent of another type": (lambda s: layer(s)["grid"].update(n1="0"), "net.3.weight: n1 must be a whole number"),
     "count of another type": (lambda s: layer(s).update(frozen=2.0), "net.3.weight: frozen is of type float"),
     "other shape": (lambda s: layer(s).update(shape=[14, 4]), "net.3.weight: shape [14, 4] in the checkpoint"),
     "other layer": (lambda s: s["layers"].update({"net.9.weight": layer(s)}), "net.9.weight: quantized in the"),
@@ -185,8 +189,8 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "7 weights that the saved state calls frozen are not on its grid",
     ),
     "other count": (lambda s: layer(s).update(frozen=3), "net.3.weight: the saved mask has 42 weights, not 3"),
-    "other exponent": (lambda s: layer(s).update(n1=-9), "net.3.weight: 42 weights that"),
-    "no exponent": (lambda s: layer(s).update(n1=None), "net.3.weight: 42 weights that"),
+    "other exponent": (lambda s: layer(s)["grid"].update(n1=-9), "net.3.weight: 42 weights that"),
+    "no exponent": (lambda s: layer(s)["grid"].update(n1=None), "net.3.weight: 42 weights that"),
 }
 
 
