@@ -1,4 +1,4 @@
-"""What the processes of tests/test_strategies.py run; as a script it is a training script that Lightning launches."""
+"""What the processes of test_strategies.py run; as a script it is a training script that Lightning launches."""
 
 from __future__ import annotations
 
