@@ -129,6 +129,14 @@ def assert_refused(path: Path, callback: INQCallback, *messages: str, **options:
             ],
         ),
         ({"schedule": Schedule([0.5, 0.75, 0.875, 1.0], [0, 1, 2, 3], "step")}, ["unit: epoch in the checkpoint"]),
+        ({"partition": "random"}, ["partition: 'magnitude' in the checkpoint, 'random' here"]),
+        ({"partition": "random", "seed": 5}, ["partition: ", "seed: 0 in the checkpoint, 5 here"]),
+        ({"exponent": "mse"}, ["exponent: 'max' in the checkpoint, 'mse' here"]),
+        ({"include": ["net.*"]}, ["include: None in the checkpoint, ['net.*'] here"]),
+        ({"embeddings": True}, ["embeddings: False in the checkpoint, True here"]),
+        ({"keep_zeros": True}, ["keep_zeros: False in the checkpoint, True here"]),
+        ({"restart_lr": False}, ["restart_lr: True in the checkpoint, False here"]),
+        ({"reset_optimizer": True}, ["reset_optimizer: False in the checkpoint, True here"]),
         (
             {"bits": 3, "underflow": "truncate", "exclude": ["net.0"], "schedule": {0: 1.0}},
             ["schedule portions", "net.0.weight: quantized", "net.3.weight: bits", "net.3.weight: underflow"],
@@ -140,6 +148,12 @@ def test_a_checkpoint_of_other_settings_is_refused_and_every_difference_named(
     saved: Path, arguments: dict[str, Any], messages: list[str]
 ) -> None:
     assert_refused(saved / "step=6.ckpt", INQCallback(**({"schedule": SCHEDULE} | arguments)), *messages)
+
+
+def test_what_is_logged_may_differ_in_a_resumed_run(saved: Path) -> None:
+    callback = INQCallback(schedule=SCHEDULE, log_per_layer=True)
+    trainer(callback).fit(TinyModule(), ckpt_path=saved / "step=6.ckpt")
+    assert callback.quantized_fraction == 1.0
 
 
 def damaged(saved: Path, folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
