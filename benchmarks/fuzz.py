@@ -1,6 +1,6 @@
 """The loader against 100,000 mutated files: ``python -m benchmarks.fuzz [--json PATH]``; Linux only.
 
-What is asserted of each file is in tests/test_artifact_fuzz.py; docs/benchmarks.md is made of the JSON.
+What is asserted of each file is in tests/formats/test_packed_fuzz.py; docs/benchmarks.md is made of the JSON.
 """
 
 from __future__ import annotations

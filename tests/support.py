@@ -1,8 +1,9 @@
-"""Small modules and Trainers that the tests of the callback share."""
+"""Small modules and Trainers that tests share, and where the repository is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from inq_lightning import INQCallback, PowerOfTwoGrid
 
+ROOT = Path(__file__).parents[1]  # of the repository
+TESTS = ROOT / "tests"
 SCHEDULE = {0: 0.5, 1: 0.75, 2: 0.875, 3: 1.0}
 
 

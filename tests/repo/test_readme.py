@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from support import TinyModule
+from support import ROOT, TinyModule
 
 from inq_lightning.core.schedule import PRESETS
 from inq_lightning.recipes.config import INQConfig, ScheduleConfig, register_training
 
 register_training()
 
-ROOT = Path(__file__).parents[1]
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 README = (ROOT / "README.md").read_text()
 PAGES = [path for path in sorted((ROOT / "docs").rglob("*.md")) if path.name != "tutorial.md"]  # a notebook by itself
@@ -147,7 +146,7 @@ def test_the_examples_run(script: str, expected: str, tmp_path: Path) -> None:
 
 
 def test_every_line_of_the_compatibility_table_names_a_test() -> None:
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     lines = [line for line in (ROOT / "docs" / "compatibility.md").read_text().splitlines() if line.startswith("| ")]
     rows = [line for line in lines if not line.startswith("| feature |")]
     assert len(rows) > 40

@@ -13,12 +13,12 @@ import pytest
 from hydra import compose, initialize_config_dir, initialize_config_module
 from omegaconf import DictConfig
 from safetensors.torch import save_file
+from support import ROOT
 
 from benchmarks.accuracy import norms, results, study
 from inq_lightning.recipes.classifier import Classifier
 from inq_lightning.recipes.models import ResNetCIFAR
 
-ROOT = Path(__file__).parents[1]
 CONF = ROOT / "benchmarks" / "accuracy" / "conf"
 CELLS = sorted(path.stem for path in (CONF / "cell").glob("*.yaml"))
 

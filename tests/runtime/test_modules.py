@@ -5,13 +5,13 @@ import io
 
 import pytest
 import torch
+from support import same_bits
 from torch import Tensor, nn
 
 from inq_lightning.core.selection import select_parameters
 from inq_lightning.grid import PowerOfTwoGrid
 from inq_lightning.recipes.models import ResNetCIFAR, SmallCNN
 from inq_lightning.runtime.modules import Packed, _has_bags, _has_fast_int8, to_packed
-from tests.support import same_bits
 
 BITS = range(2, 9)
 multiplies_codes = pytest.mark.skipif(not _has_bags(), reason="needs the quantized kernels of x86 CPUs")

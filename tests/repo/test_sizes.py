@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from support import ROOT
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import sizes
 from benchmarks.networks import NETWORKS
 from inq_lightning import PowerOfTwoGrid
@@ -75,7 +75,7 @@ def test_rows_that_are_measured_again_replace_the_older_ones() -> None:
 def test_the_benchmark_measures_a_network(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.sizes", "--json", tmp_path / "sizes.json"]
     command += ["--networks", "ResNet-18", "--bits", "4"]
-    subprocess.run(command, cwd=Path(__file__).parents[1], check=True)
+    subprocess.run(command, cwd=ROOT, check=True)
     (network,) = json.loads((tmp_path / "sizes.json").read_text())["networks"]
     (row,) = network["rows"]
     assert row["size"]["packed"] < 0.14 * row["size"]["float32"]

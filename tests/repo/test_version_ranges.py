@@ -11,16 +11,26 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import ROOT, TESTS
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     tomllib = pytest.importorskip("tomli")
 
-ROOT = Path(__file__).parents[1]
 # What the core promises; that of test_packages.py runs in the unified package as well.
-TESTS = ("test_callback.py", "test_schedule.py", "test_config.py", "test_packages.py")
-EXPORT_TESTS = ("test_artifact.py", "test_codec.py", "test_accelerator.py", "test_onnx.py")
+CORE_TESTS = (
+    "frontends/lightning/test_callback.py",
+    "frontends/lightning/test_packages.py",
+    "core/test_schedule.py",
+    "recipes/test_config.py",
+)
+EXPORT_TESTS = (
+    "formats/test_packed.py",
+    "formats/test_codec.py",
+    "formats/test_accelerator.py",
+    "formats/test_onnx.py",
+)
 HELPERS = ("conftest.py", "support.py", "oracle.py")
 TOOLS = ("pytest", "hypothesis", "jsonargparse[signatures]")  # of the tests; their versions are not what is tested
 
@@ -76,9 +86,9 @@ def copies(names: tuple[str, ...], folder: Path) -> list[str]:
     """Copies of tests, so that they import what is installed."""
     shutil.copy(ROOT / "pyproject.toml", folder)
     shutil.copytree(ROOT / "examples", folder / "examples")
-    (folder / "tests").mkdir()
     for name in names + HELPERS:
-        shutil.copy(ROOT / "tests" / name, folder / "tests")
+        (folder / "tests" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(TESTS / name, folder / "tests" / name)
     return [f"tests/{name}" for name in names]
 
 
@@ -86,7 +96,7 @@ def copies(names: tuple[str, ...], folder: Path) -> list[str]:
 @pytest.mark.parametrize("end", ["lowest", "newest"])
 def test_the_core_and_the_application_work_at_both_ends_of_the_declared_ranges(end: str, tmp_path: Path) -> None:
     programs = environment(end, tmp_path, f"{ROOT}[train]", *versions(end))
-    print(run(programs / "python", "-m", "pytest", *copies(TESTS, tmp_path), cwd=tmp_path))
+    print(run(programs / "python", "-m", "pytest", *copies(CORE_TESTS, tmp_path), cwd=tmp_path))
 
     short = ["pretrain.max_epochs=1", "inq.schedule.portions=[0.5,1.0]", "inq.schedule.epochs_per_phase=1"]
     run(programs / "inq-train", *short, "inq.bits=4", f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import ROOT, TinyModule, trainer
 from torch import nn
 
 from inq_lightning import INQCallback, load_packed
@@ -14,7 +15,6 @@ from inq_lightning.cli.export import main
 from inq_lightning.formats.accelerator import read_accelerator
 from inq_lightning.formats.checkpoint import read_checkpoint
 from inq_lightning.formats.packed import read_packed
-from tests.support import TinyModule, trainer
 
 NETWORK = """
 from torch import nn
@@ -122,7 +122,7 @@ def test_files_that_are_no_checkpoint_and_networks_off_the_grid_are_refused(
 
 
 def test_a_run_of_inq_train_leaves_its_artifact_and_exports_to_onnx_without_further_options(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
 
     def script(module: str, *arguments: str) -> str:
         command = [sys.executable, "-m", f"inq_lightning.{module}", *arguments]

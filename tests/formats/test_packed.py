@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from pytorch_lightning import LightningModule
+from support import ROOT, bits_of, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -24,7 +25,6 @@ from inq_lightning.formats.packed import ArtifactError, read_packed
 from inq_lightning.recipes.classifier import Classifier
 from inq_lightning.recipes.data import DigitsDataModule
 from inq_lightning.recipes.models import SmallCNN
-from tests.support import bits_of, trainer
 
 
 class Everything(nn.Module):
@@ -108,7 +108,9 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def test_every_layer_type_comes_back_from_a_trained_checkpoint(tmp_path: Path, bits: int, entropy_coded: bool) -> None:
     module, callback, checkpoint = train(bits, tmp_path)
     path = tmp_path / "network.safetensors"
-    saved = save_packed(module, path, layers=callback.layers, entropy_coded=entropy_coded, schedule=callback.schedule)
+    saved = save_packed(
+        module, path, layers=callback.layers, entropy_coded=entropy_coded, schedule=callback.options.phases
+    )
     assert saved.off_grid == []
     assert saved.weights == sum(layer.numel for layer in callback.layers)
 
@@ -154,11 +156,10 @@ network = load_packed("digits.safetensors", SmallCNN()).eval()
 with torch.no_grad():
     torch.save(network(torch.load("images.pt")), "outputs.pt")
 """
-    root = str(Path(__file__).parents[1])
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": root},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

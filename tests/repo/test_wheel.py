@@ -10,10 +10,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
 import inq_lightning
-
-ROOT = Path(__file__).parents[1]
 
 pytest.importorskip("build")
 pytest.importorskip("hatchling")

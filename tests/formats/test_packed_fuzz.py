@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from support import same_bits
 from torch import Tensor, nn
 
 from inq_lightning import PowerOfTwoGrid, load_packed, save_packed
 from inq_lightning.formats.packed import _KEY, ArtifactError, _checksum, read_packed
-from tests.support import same_bits
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="measures memory through /proc")
 

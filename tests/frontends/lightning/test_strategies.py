@@ -24,7 +24,7 @@ from strategies_worker import (
     resume_with_a_used_callback,
     sgd,
 )
-from support import SCHEDULE, TinyModule, same_bits, trainer
+from support import SCHEDULE, TESTS, TinyModule, same_bits, trainer
 from torch.optim import lr_scheduler
 
 from inq_lightning import INQCallback, PowerOfTwoGrid
@@ -115,7 +115,7 @@ def test_three_ddp_processes_train_what_one_does(tmp_path: Path, options: dict[s
 
 def script(*jobs: dict[str, Any]) -> None:
     """Run as users do: Lightning starts the other processes by running the script again."""
-    worker = Path(__file__).with_name("strategies_worker.py")
+    worker = TESTS / "strategies_worker.py"
     subprocess.run([sys.executable, worker, json.dumps(jobs)], check=True, timeout=240, env=os.environ)
 
 

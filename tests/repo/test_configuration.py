@@ -3,15 +3,15 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 from omegaconf import OmegaConf
+from support import ROOT
 
 from inq_lightning.recipes import config
 
-SCRIPT = Path(__file__).parent.parent / "docs" / "configuration.py"
+SCRIPT = ROOT / "docs" / "configuration.py"
 CONFIGS = {
     config.TrainConfig: "",
     config.INQConfig: "inq.",

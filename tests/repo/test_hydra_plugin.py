@@ -9,10 +9,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig
+from support import ROOT
 
 from inq_lightning import PRESETS, PowerOfTwoGrid
 
-ROOT = Path(__file__).parents[1]
 APP = ROOT / "examples" / "template_app"
 
 

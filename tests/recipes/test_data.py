@@ -11,6 +11,7 @@ import torch
 from omegaconf.errors import MissingMandatoryValue
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
+from support import ROOT
 
 from inq_lightning.recipes.classifier import Classifier
 from inq_lightning.recipes.config import register_training
@@ -20,7 +21,7 @@ from inq_lightning.recipes.sampling import EpochBatchSampler, crop_and_flip
 
 register_training()
 
-CONF = Path(__file__).parents[1] / "conf"
+CONF = ROOT / "conf"
 
 
 def write_npz(path: Path, **changes: Any) -> str:

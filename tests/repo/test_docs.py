@@ -11,10 +11,10 @@ import jupytext
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from support import ROOT
 
 import inq_lightning
 
-ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 
 

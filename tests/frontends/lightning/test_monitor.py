@@ -23,7 +23,7 @@ from pytorch_lightning.loggers import WandbLogger as WandbLoggerOfLightning
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.strategies import ModelParallelStrategy
 from strategies_worker import Net, ShardedNet, launch
-from support import SCHEDULE, TinyModule, assert_same_state, trainer
+from support import SCHEDULE, TESTS, TinyModule, assert_same_state, trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -414,7 +414,7 @@ print(*[w.message for w in caught if "figures" in str(w.message)], sep="\\n")
 
 
 def test_without_matplotlib_one_warning_says_so_and_the_rest_is_logged(tmp_path: Path) -> None:
-    code = WITHOUT.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    code = WITHOUT.format(tests=str(TESTS), folder=str(tmp_path))
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stdout.splitlines() if line]

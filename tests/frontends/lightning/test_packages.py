@@ -12,12 +12,12 @@ import pytorch_lightning as separate
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from pytorch_lightning.cli import LightningCLI
-from support import SCHEDULE, TinyModule, Witness, assert_quantized, loader, same_bits, weights
+from support import ROOT, SCHEDULE, TESTS, TinyModule, Witness, assert_quantized, loader, same_bits, weights
 from torch import Tensor, nn
 
 from inq_lightning import INQCallback, Schedule
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "lightning_cli"
+EXAMPLE = ROOT / "examples" / "lightning_cli"
 QUIET = {
     "accelerator": "cpu",
     "logger": False,
@@ -126,7 +126,7 @@ SCRIPT = """
 import sys
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningCLI
-sys.path.insert(0, sys.argv.pop(1))
+sys.path[:0] = [sys.argv.pop(1), sys.argv.pop(1)]
 from inq_lightning import INQCallback
 import pytorch_lightning
 assert isinstance(INQCallback(), pl.Callback) and isinstance(INQCallback(), pytorch_lightning.Callback)
@@ -144,7 +144,7 @@ print("single", single.quantized_fraction)
 def test_the_command_line_of_the_unified_package_takes_the_callback(tmp_path: Path) -> None:
     options = ["--trainer.callbacks+=inq_lightning.INQCallback", "--trainer.callbacks.bits=4"]
     options.append("--trainer.callbacks.schedule=alexnet")
-    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), *options]
+    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(TESTS), *options]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "bits 4 portions (0.3, 0.6, 0.8, 1.0) quantized 1.0" in done.stdout
@@ -219,8 +219,8 @@ trainer:
 def test_a_yaml_file_configures_the_callback(schedule: str, expected: Schedule, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(YAML.replace("SCHEDULE", schedule))
-    callback = cli("--config", str(file), "--trainer.enable_progress_bar=true")
-    assert (callback.bits, callback.layer_bits, callback.schedule) == (3, {"net.0": 8}, expected)
+    options = cli("--config", str(file), "--trainer.enable_progress_bar=true").options
+    assert (options.bits, options.layer_bits, options.phases) == (3, {"net.0": 8}, expected)
 
 
 @pytest.mark.parametrize(

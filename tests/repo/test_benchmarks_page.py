@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
+from support import ROOT
 
 from benchmarks import page
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_the_page_is_what_its_command_writes_from_the_results() -> None:
@@ -16,7 +14,7 @@ def test_the_page_is_what_its_command_writes_from_the_results() -> None:
 
 
 def test_every_test_that_the_page_names_exists() -> None:
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     for name in page.TESTS.values():
         assert f"def {name}(" in tests
 

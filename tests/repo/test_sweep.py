@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from support import ROOT
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "sweep"))
+sys.path.insert(0, str(ROOT / "examples" / "sweep"))
 import sweep
 
 

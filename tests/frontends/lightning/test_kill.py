@@ -14,7 +14,7 @@ from pickle import UnpicklingError
 import kill_worker
 import pytest
 import torch
-from support import assert_quantized, same_bits, trainer
+from support import TESTS, assert_quantized, same_bits, trainer
 from torch import Tensor
 
 SECONDS = 4.0  # a whole training takes about as long
@@ -71,7 +71,7 @@ class Runs:
 
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
     return Runs(tmp_path)
 
 
