@@ -52,7 +52,7 @@ class Layer:
         """Everything as plain JSON values, the grid as its spec."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         plain = {"shape": list(self.shape), "grid": None if self.grid is None else self.grid.spec()}
-        return values | plain | {"numel": self.numel, "n1": self.n1, "n2": self.n2}
+        return values | plain | {"numel": self.numel}
 
 
 def plain_name(name: str) -> str:

@@ -40,6 +40,7 @@ from inq_lightning.formats.layers import candidate_grids, check_complete
 from inq_lightning.formats.tensors import (
     DTYPES,
     FLOATS,
+    MAX_HEADER,
     NAMES,
     common_prefix,
     dtype_name,
@@ -56,7 +57,6 @@ VERSION = 2
 _KEY = "inq_lightning"
 _Header = dict[str, tuple[str, tuple[int, ...]]]  # dtype and shape of every stored tensor
 _CHUNK = 1 << 16  # weights at a time: intermediate results stay in the cache
-_MAX_HEADER = 1 << 24  # bytes
 # Entropy-coded weights that are all alike take no bytes: a tiny file could ask for any amount of memory.
 _ALWAYS_ALLOWED, _MAX_EXPANSION = 1 << 30, 1024
 
@@ -376,7 +376,7 @@ def _read_header(path: Path) -> tuple[_Header, dict[str, Any], int]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        _require(size >= 8 and length <= min(size - 8, _MAX_HEADER), f"its header would take {length} bytes")
+        _require(size >= 8 and length <= min(size - 8, MAX_HEADER), f"its header would take {length} bytes")
         header = _parse(file.read(length).decode())
     texts = header.pop("__metadata__", None)
     if not isinstance(texts, dict) or texts.keys() != {_KEY} or not isinstance(texts[_KEY], str):

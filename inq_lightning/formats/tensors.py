@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+#: Bytes of a safetensors file's header that are read at most.
+MAX_HEADER = 1 << 24
 #: Types that weights may have.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -60,18 +64,18 @@ def plain_tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in tensors.items()}
 
 
-def untie(tensors: Mapping[str, Tensor], preferred: Mapping[str, Any] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+def untie(tensors: Mapping[str, Tensor], preferred: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Take each tensor once.
 
     Args:
         tensors: Tensors by name; tied ones share their memory.
-        preferred: Where one of these names is among a tensor's, it counts; else the first.
+        preferred: Where one of these names, with anything but None, is among a tensor's, it counts; else the first.
 
     Returns:
         The tensors, and for each other name the one that counts.
     """
     own_names: dict[Any, str] = {}
-    for name in sorted(tensors, key=lambda name: (preferred or {}).get(name) is None):
+    for name in sorted(tensors, key=lambda name: preferred.get(name) is None):
         own_names.setdefault(place(name, tensors[name]), name)
     aliases = {name: own_names[place(name, tensor)] for name, tensor in tensors.items()}
     aliases = {name: own for name, own in aliases.items() if name != own}
@@ -91,10 +95,19 @@ def memory(tensors: Iterable[Tensor]) -> int:
 
 
 def common_prefix(names: Iterable[str], targets: Iterable[str]) -> str:
-    """What stands before each of ``targets`` in ``names``, where a module around the network was saved; mostly nothing."""
+    """What stands before each target in ``names``, where a module around the network was saved; mostly nothing."""
     names, targets = set(names), set(targets)
     if names == targets or not names or not targets:
         return ""
     first, target = min(names), min(targets)
     prefix = first[: -len(target)] if first.endswith(f".{target}") else ""
     return prefix if names == {prefix + name for name in targets} else ""
+
+
+def read_head(path: str | os.PathLike[str]) -> bytes:
+    """Read as much of a file as tells what it is: its first bytes; of a safetensors file, the whole header."""
+    with Path(path).open("rb") as file:
+        head = file.read(9)
+        if head[8:] == b"{":
+            head += file.read(min(int.from_bytes(head[:8], "little"), MAX_HEADER))
+        return head
