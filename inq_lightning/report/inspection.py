@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -220,12 +221,14 @@ def inspect_layer(
 
 def _shares(grid: Grid, codes: Tensor) -> tuple[float, dict[int, float]]:
     """Shares of the zeros and of each exponent among codes."""
-    counts = torch.bincount(codes.int() - grid.codes.start, minlength=len(grid.codes))
-    shares: dict[int | None, float] = {None: 0.0}
-    for level, share in zip(grid.levels.tolist(), (counts.double() / codes.numel()).tolist(), strict=True):
-        exponent = math.frexp(level)[1] - 1 if level else None
-        shares[exponent] = shares.get(exponent, 0.0) + share
-    return shares.pop(None), {k: shares[k] for k in sorted(k for k in shares if k is not None)}
+    found = torch.bincount(codes.int() - grid.codes.start, minlength=len(grid.codes)).tolist()
+    zeros, counts = 0, Counter[int]()
+    for level, count in zip(grid.levels.tolist(), found, strict=True):
+        if level:
+            counts[math.frexp(level)[1] - 1] += count
+        else:
+            zeros += count
+    return zeros / codes.numel(), {k: counts[k] / codes.numel() for k in sorted(counts)}
 
 
 def inspect_state(
