@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from inq_lightning.core.selection import select_parameters
     from inq_lightning.formats.onnx import export_onnx
     from inq_lightning.formats.packed import load_packed, save_packed
-    from inq_lightning.frontends.lightning.callback import INQCallback
+    from inq_lightning.frontends.lightning.callback import INQCallback, phase_length
     from inq_lightning.frontends.lightning.monitor import INQMonitor
     from inq_lightning.frontends.lightning.progress import INQProgressBar
     from inq_lightning.grid import PowerOfTwoGrid
@@ -34,6 +34,7 @@ __all__ = [
     "__version__",
     "export_onnx",
     "load_packed",
+    "phase_length",
     "save_packed",
     "select_parameters",
     "to_packed",
@@ -47,7 +48,7 @@ _HOMES = {
     "core.selection": ["select_parameters"],
     "formats.onnx": ["export_onnx"],
     "formats.packed": ["load_packed", "save_packed"],
-    "frontends.lightning.callback": ["INQCallback"],
+    "frontends.lightning.callback": ["INQCallback", "phase_length"],
     "frontends.lightning.monitor": ["INQMonitor"],
     "frontends.lightning.progress": ["INQProgressBar"],
     "grid": ["PowerOfTwoGrid"],

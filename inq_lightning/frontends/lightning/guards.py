@@ -51,6 +51,13 @@ def check_setup(trainer: Trainer, own: Callback) -> None:
             )
 
 
+def show_rates_last(trainer: Trainer) -> None:
+    """Let LearningRateMonitor look at the learning rates after they have been put back, wherever it is listed."""
+    trainer.callbacks = sorted(  # type: ignore[attr-defined]
+        _callbacks(trainer), key=lambda callback: _is(callback, "LearningRateMonitor")
+    )
+
+
 def check_optimizers(trainer: Trainer) -> None:
     """Refuse optimizers that move weights where frozen ones cannot be held.
 
