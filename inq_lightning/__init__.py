@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from inq_lightning.formats.layers import find_grids
     from inq_lightning.formats.onnx import export_onnx, read_onnx, session_options
     from inq_lightning.formats.packed import load_packed, read_packed, save_packed
-    from inq_lightning.frontends.lightning.callback import INQCallback
+    from inq_lightning.frontends.lightning.callback import INQCallback, phase_length
     from inq_lightning.frontends.lightning.monitor import INQMonitor
     from inq_lightning.frontends.lightning.progress import INQProgressBar
     from inq_lightning.grid import PowerOfTwoGrid, fit_grid
@@ -42,6 +42,7 @@ __all__ = [
     "fit_grid",
     "inspect_file",
     "load_packed",
+    "phase_length",
     "read_accelerator",
     "read_checkpoint",
     "read_onnx",
@@ -65,7 +66,7 @@ _HOMES = {
     "formats.layers": ["find_grids"],
     "formats.onnx": ["export_onnx", "read_onnx", "session_options"],
     "formats.packed": ["load_packed", "read_packed", "save_packed"],
-    "frontends.lightning.callback": ["INQCallback"],
+    "frontends.lightning.callback": ["INQCallback", "phase_length"],
     "frontends.lightning.monitor": ["INQMonitor"],
     "frontends.lightning.progress": ["INQProgressBar"],
     "grid": ["PowerOfTwoGrid", "fit_grid"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from inq_lightning.core.frozen import FrozenWeight, Rounding
 from inq_lightning.core.layer import Layer, named_weights
 from inq_lightning.core.options import Options
 from inq_lightning.core.plan import Plan
-from inq_lightning.core.restart import LearningRateRestart
+from inq_lightning.core.rates import Fit, LearningRates
+from inq_lightning.core.restart import OptimizerState
 from inq_lightning.core.schedule import Length, Schedule, Unit
 from inq_lightning.core.selection import Selected, select_parameters
 from inq_lightning.core.size import snr_db
@@ -25,9 +26,10 @@ class Quantizer:
     """Rounds and freezes the weights of one module, phase by phase (Zhou et al., ICLR 2017, algorithm 1).
 
     A front end calls, in this order: :meth:`configure` with fresh optimizers, :meth:`load_state_dict` where a run
-    resumes, :meth:`attach` once the weights are in place, :meth:`begin`; then :meth:`advance` wherever a phase may
-    begin, :meth:`mask_gradients` after each backward pass and :meth:`restore` after each optimizer step, which
-    :meth:`hold` sees to; at the end :meth:`release` and :meth:`verify`.
+    resumes, :meth:`attach` once the weights are in place, :meth:`begin`, :meth:`fit_rates`; then :meth:`advance`
+    wherever a phase may begin, :meth:`follow_rates` before each optimizer step, :meth:`mask_gradients` after each
+    backward pass and :meth:`restore` after each optimizer step, which :meth:`hold` sees to; at the end :meth:`release`
+    and :meth:`verify`.
 
     With sharded parameters, attach, begin, advance, frozen_mask and state_dict are collective calls.
 
@@ -49,7 +51,10 @@ class Quantizer:
         self.weights: dict[str, FrozenWeight] = {}
         self._loaded: dict[str, Any] | None = None  # a checkpoint's state, until begin
         self._optimizers: Sequence[Optimizer] = ()
-        self._restart: LearningRateRestart | None = None
+        self._rates: LearningRates | None = None
+        self._rates_state: dict[str, Any] | None = None  # a checkpoint's, and what is left of them after release
+        self._lengths: list[float] = []  # of the time before the first phase and of each phase
+        self._optimizer_state: OptimizerState | None = None
         self._hooks: StepHooks | None = None
 
     # ---- what users ask ----------------------------------------------------------------------------------------------
@@ -112,7 +117,8 @@ class Quantizer:
     def configure(self, optimizers: Sequence[Optimizer], schedulers: Sequence[Any] = ()) -> None:
         """Remember optimizers and schedulers as they were configured, before a checkpoint changes them."""
         self._optimizers = optimizers
-        self._restart = LearningRateRestart(optimizers, schedulers) if self.options.restart_lr else None
+        self._rates = LearningRates(optimizers, schedulers) if self.options.restart_lr else None
+        self._optimizer_state = OptimizerState(optimizers) if self.options.reset_optimizer else None
 
     def attach(self, module: nn.Module) -> None:
         """Take in all selected weights, those included that have become trainable since the last call."""
@@ -155,6 +161,25 @@ class Quantizer:
         self.timetable.fit(length, loaded["origin"])
         state.load(loaded, self.weights)
         self.phase, self.origin, self._loaded = loaded["phase"], loaded["origin"], None
+        self._rates_state = loaded["rates"]
+
+    def fit_rates(self, length: Length, steps: Mapping[int, Mapping[str, float]], gradual: bool = True) -> list[Fit]:
+        """Let each phase have a whole learning-rate schedule, see :class:`~inq_lightning.core.rates.LearningRates`.
+
+        Args:
+            length: How long the run is, from its very start.
+            steps: By the id of a scheduler, how many epochs or steps of the run it counts.
+            gradual: Whether it is known how many optimizer steps the phases have.
+
+        Returns:
+            What is done about each scheduler.
+        """
+        self._lengths = self.timetable.phase_lengths(length, self.origin)
+        if self._rates is None or length.trial or len([phase for phase in self._lengths if phase]) == 1:
+            return []
+        if self._rates_state is not None:
+            self._rates.load_state_dict(self._rates_state)
+        return self._rates.fit(steps, self._lengths, gradual)
 
     def advance(self, module: nn.Module, now: int) -> bool:
         """Begin the phase that the timetable asks for at epoch or step ``now``, unless it has begun: in all layers.
@@ -174,15 +199,27 @@ class Quantizer:
             weight.check()  # all of them, so that an error leaves none frozen ahead of the others
         self.phase = phase
         roundings = [self._freeze(weight) for weight in self.weights.values()]
-        if self._restart is not None:
-            self._restart()
-        if self.options.reset_optimizer:
-            for optimizer in self._optimizers:
-                optimizer.state.clear()
+        if self._rates is not None:
+            self._rates.begin_phase()
+        if self._optimizer_state is not None:
+            self._optimizer_state()
         signal, noise = (sum(sums) for sums in zip(*roundings, strict=True))
         if signal and noise:  # otherwise rounding has changed nothing, which no logger can draw
             self.sqnr_db = float(snr_db(signal, noise))
         return True
+
+    def follow_rates(self, now: int, part: int, parts: int, schedulers: Collection[Any]) -> None:
+        """Bring learning rates to where they belong, as far as they are fitted to the phases.
+
+        Args:
+            now: The epoch or step.
+            part: How many optimizer steps of it are done.
+            parts: How many it has.
+            schedulers: The schedulers in use.
+        """
+        if self._rates is not None and self._lengths:
+            done = now - int(sum(self._lengths[: self.phase]))
+            self._rates.follow(self.phase, done * parts + part, self._lengths[self.phase] * parts, schedulers)
 
     def mask_gradients(self) -> None:
         """Zero the gradients of frozen weights."""
@@ -211,7 +248,10 @@ class Quantizer:
         """Remove the hooks, and let go of optimizers and schedulers: not every one can be pickled."""
         if self._hooks is not None:
             self._hooks.remove()
-        self._hooks = self._restart = None
+        if self._rates is not None:
+            self._rates_state = self._rates.state_dict()
+            self._rates.release()
+        self._hooks = self._rates = self._optimizer_state = None
         self._optimizers = ()
 
     def verify(self) -> None:
@@ -247,6 +287,7 @@ class Quantizer:
                 "unit": self.timetable.unit,
             },
             "layers": {name: weight.state_dict() for name, weight in self.weights.items()},
+            "rates": self._rates.state_dict() if self._rates is not None else self._rates_state,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -52,10 +52,15 @@ class Length:
 
     def total(self, unit: Unit) -> float:
         """Epochs or optimizer steps of the run; inf where nothing says so."""
+        end = self.end(unit)
+        return math.ceil(end) if math.isfinite(end) else end
+
+    def end(self, unit: Unit) -> float:
+        """As :meth:`total`, but what is run of the last epoch counts as part of one."""
         if unit == "step":
             return min(self.steps, self.epochs * self.steps_per_epoch)
         if math.isfinite(self.steps_per_epoch * self.steps):
-            return min(self.epochs, math.ceil(self.steps / self.steps_per_epoch))
+            return min(self.epochs, self.steps / self.steps_per_epoch)
         return self.epochs
 
 
@@ -186,6 +191,11 @@ class Schedule:
             f"{total} {self.unit}s and would stop at portion {reached}; train at least {starts[-1] + 1}, or let it "
             "begin earlier"
         )
+
+    def phase_lengths(self, length: Length, origin: int = 0) -> list[float]:
+        """How long a run trains before the first phase and in each phase, in epochs or steps; 0 for not at all."""
+        edges = [0, *(origin + start for start in self._starts), length.end(self.unit)]
+        return [max(end - begin, 0) for begin, end in itertools.pairwise(edges)]
 
     def phase_at(self, now: int) -> int:
         """How many portions have begun at epoch or step ``now``: 0 before the first one."""

@@ -52,6 +52,13 @@ def check_setup(trainer: Trainer, own: Callback) -> None:
             )
 
 
+def show_rates_last(trainer: Trainer) -> None:
+    """Let LearningRateMonitor look at the learning rates after they have been put back, wherever it is listed."""
+    trainer.callbacks = sorted(  # type: ignore[attr-defined]
+        callbacks_of(trainer), key=lambda callback: is_a(callback, "LearningRateMonitor")
+    )
+
+
 def check_optimizers(trainer: Trainer) -> None:
     """Refuse optimizers that move weights where frozen ones cannot be held.
 
