@@ -15,18 +15,24 @@ if TYPE_CHECKING:
     from inq_lightning.core.selection import select_parameters
     from inq_lightning.formats.onnx import export_onnx
     from inq_lightning.formats.packed import load_packed, save_packed
+    from inq_lightning.frontends.fabric import FabricINQ
+    from inq_lightning.frontends.huggingface import INQTrainerCallback
     from inq_lightning.frontends.lightning.callback import INQCallback
     from inq_lightning.frontends.lightning.monitor import INQMonitor
     from inq_lightning.frontends.lightning.progress import INQProgressBar
+    from inq_lightning.frontends.loop import INQ
     from inq_lightning.grid import PowerOfTwoGrid
     from inq_lightning.runtime.modules import to_packed
 
 __all__ = [
+    "INQ",
     "PRESETS",
+    "FabricINQ",
     "FrozenWeight",
     "INQCallback",
     "INQMonitor",
     "INQProgressBar",
+    "INQTrainerCallback",
     "Options",
     "PowerOfTwoGrid",
     "Quantizer",
@@ -47,9 +53,12 @@ _HOMES = {
     "core.selection": ["select_parameters"],
     "formats.onnx": ["export_onnx"],
     "formats.packed": ["load_packed", "save_packed"],
+    "frontends.fabric": ["FabricINQ"],
+    "frontends.huggingface": ["INQTrainerCallback"],
     "frontends.lightning.callback": ["INQCallback"],
     "frontends.lightning.monitor": ["INQMonitor"],
     "frontends.lightning.progress": ["INQProgressBar"],
+    "frontends.loop": ["INQ"],
     "grid": ["PowerOfTwoGrid"],
     "runtime.modules": ["to_packed"],
 }

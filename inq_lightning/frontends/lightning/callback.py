@@ -108,7 +108,6 @@ class INQCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember learning rates and schedulers as they were configured, before a checkpoint changes them."""
-        guards.check_optimizers(trainer)
         self.quantizer.configure(trainer.optimizers, [config.scheduler for config in trainer.lr_scheduler_configs])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -203,11 +202,6 @@ class INQCallback(Callback):
             guards.forget_best(trainer)
 
     def _log_state(self, pl_module: LightningModule, **when: Any) -> None:
-        values = {"quantized_fraction": self.quantized_fraction, "phase": float(self.phase)}
-        if self.quantizer.sqnr_db is not None:
-            values["sqnr_db"] = self.quantizer.sqnr_db
-        if self.options.log_per_layer:
-            values |= {f"quantized_fraction/{layer.name}": layer.frozen / layer.numel for layer in self.layers}
-        for name, value in values.items():
-            bar = when["on_step"] and name == "quantized_fraction"
-            pl_module.log(f"inq/{name}", value, prog_bar=bar, batch_size=1, **when)
+        for name, value in self.quantizer.metrics().items():
+            bar = when["on_step"] and name == "inq/quantized_fraction"
+            pl_module.log(name, value, prog_bar=bar, batch_size=1, **when)
