@@ -184,8 +184,8 @@ class Schedule:
         reached = self.portion_at(int(total) - 1)
         raise ValueError(
             f"the schedule reaches portion 1.0 at {self.unit} {starts[-1]} (counted from where INQ begins), but "
-            f"training runs only {total} {self.unit}s and would stop at portion {reached}; train at least {starts[-1] + 1}, "
-            "or let it begin earlier"
+            f"training runs only {total} {self.unit}s and would stop at portion {reached}; train at least "
+            f"{starts[-1] + 1}, or let it begin earlier"
         )
 
     def phase_at(self, now: int) -> int:
