@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from inq_lightning.core import sharding, state
 from inq_lightning.core.frozen import FrozenWeight, Rounding
 from inq_lightning.core.layer import Layer, named_weights
+from inq_lightning.core.optimizers import check_optimizers
 from inq_lightning.core.options import Options
 from inq_lightning.core.plan import Plan
 from inq_lightning.core.rates import Fit, LearningRates
@@ -80,6 +81,15 @@ class Quantizer:
         """Whether a checkpoint's state waits for :meth:`begin`."""
         return self._loaded is not None
 
+    def metrics(self) -> dict[str, float]:
+        """What loggers show, by name: the fraction, the phase, what rounding did to the group frozen last."""
+        values = {"inq/quantized_fraction": self.quantized_fraction, "inq/phase": float(self.phase)}
+        if self.sqnr_db is not None:
+            values["inq/sqnr_db"] = self.sqnr_db
+        if self.options.log_per_layer:
+            values |= {f"inq/quantized_fraction/{layer.name}": layer.frozen / layer.numel for layer in self.layers}
+        return values
+
     def frozen_mask(self, name: str) -> Tensor:
         """Which weights of a parameter are frozen: bool in its shape, see :meth:`INQCallback.frozen_mask`."""
         if name not in self.weights:
@@ -115,7 +125,12 @@ class Quantizer:
     # ---- a run -------------------------------------------------------------------------------------------------------
 
     def configure(self, optimizers: Sequence[Optimizer], schedulers: Sequence[Any] = ()) -> None:
-        """Remember optimizers and schedulers as they were configured, before a checkpoint changes them."""
+        """Remember optimizers and schedulers as they were configured, before a checkpoint changes them.
+
+        Raises:
+            ValueError: An optimizer moves weights where frozen ones cannot be held.
+        """
+        check_optimizers(optimizers)
         self._optimizers = optimizers
         self._rates = LearningRates(optimizers, schedulers) if self.options.restart_lr else None
         self._optimizer_state = OptimizerState(optimizers) if self.options.reset_optimizer else None

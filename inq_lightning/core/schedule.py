@@ -146,8 +146,8 @@ class Schedule:
         phases = len(self.portions)
         if total < phases:
             raise ValueError(
-                f"{phases} portions {list(self.portions)} need at least {phases} {self.unit}s, one for each, but the "
-                f"Trainer runs {total}; train longer or use fewer portions"
+                f"{phases} portions {list(self.portions)} need at least {phases} {self.unit}s, one for each, but "
+                f"training runs {total}; train longer or use fewer portions"
             )
         return replace(self, starts=tuple(i * total // phases for i in range(phases)))
 
@@ -168,8 +168,9 @@ class Schedule:
                 total = max(total, len(schedule.portions))
             if not math.isfinite(total):
                 raise ValueError(
-                    "an open schedule is spread over the Trainer's run, but this one has no end: set max_epochs or "
-                    "max_steps, or say when each portion begins, such as schedule={0: 0.5, 4: 0.75, 8: 0.875, 12: 1.0}"
+                    "an open schedule is spread over the run, but this one has no end: set max_epochs or max_steps (of "
+                    "a Trainer) or epochs or steps (of a loop), or say when each portion begins, such as "
+                    "schedule={0: 0.5, 4: 0.75, 8: 0.875, 12: 1.0}"
                 )
             schedule = schedule.spread(int(total))
         if not length.trial:
@@ -187,9 +188,9 @@ class Schedule:
             return
         reached = self.portion_at(int(total) - 1)
         raise ValueError(
-            f"the schedule reaches portion 1.0 at {self.unit} {starts[-1]} (counted from 0), but the Trainer runs only "
-            f"{total} {self.unit}s and would stop at portion {reached}; train at least {starts[-1] + 1}, or let it "
-            "begin earlier"
+            f"the schedule reaches portion 1.0 at {self.unit} {starts[-1]} (counted from where INQ begins), but "
+            f"training runs only {total} {self.unit}s and would stop at portion {reached}; train at least "
+            f"{starts[-1] + 1}, or let it begin earlier"
         )
 
     def phase_lengths(self, length: Length, origin: int = 0) -> list[float]:

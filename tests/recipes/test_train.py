@@ -523,13 +523,13 @@ def test_a_mistake_ends_the_console_script_with_a_message(tmp_path: Path) -> Non
     process = start(tmp_path, *TINY, "trainer.max_epochs=1")
     output = finish(process)
     assert process.returncode == 1
-    assert "the Trainer runs only 1 epochs" in output
+    assert "training runs only 1 epochs" in output
 
 
 @pytest.mark.parametrize("override", ["inq.schedule.epochs_per_phase=4", "inq.schedule.starts=[0,3]"])
 def test_too_short_a_run_is_refused_before_pretraining(override: str, tmp_path: Path) -> None:
     overrides = ["inq.schedule.epochs_per_phase=null", override, "callbacks=default", "trainer.max_epochs=3"]
-    with pytest.raises(ValueError, match="the Trainer runs only 3 epochs"):
+    with pytest.raises(ValueError, match="training runs only 3 epochs"):
         run(tmp_path, *TINY, *overrides)
     assert not (tmp_path / "pretrain").exists()
 

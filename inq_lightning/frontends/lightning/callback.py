@@ -17,7 +17,7 @@ from inq_lightning.core.quantizer import Quantizer
 from inq_lightning.core.schedule import Length, Unit
 from inq_lightning.core.selection import Selected
 from inq_lightning.frontends.lightning import clock, guards
-from inq_lightning.frontends.lightning.base import Callback
+from inq_lightning.frontends.lightning.base import Callback, callbacks_of
 
 
 class INQCallback(Callback):
@@ -111,7 +111,6 @@ class INQCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember learning rates and schedulers as they were configured, before a checkpoint changes them."""
-        guards.check_optimizers(trainer)
         self.quantizer.configure(trainer.optimizers, [config.scheduler for config in trainer.lr_scheduler_configs])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -219,14 +218,9 @@ class INQCallback(Callback):
         self.quantizer.follow_rates(now, part, parts, [config.scheduler for config in trainer.lr_scheduler_configs])
 
     def _log_state(self, pl_module: LightningModule, **when: Any) -> None:
-        values = {"quantized_fraction": self.quantized_fraction, "phase": float(self.phase)}
-        if self.quantizer.sqnr_db is not None:
-            values["sqnr_db"] = self.quantizer.sqnr_db
-        if self.options.log_per_layer:
-            values |= {f"quantized_fraction/{layer.name}": layer.frozen / layer.numel for layer in self.layers}
-        for name, value in values.items():
-            bar = when["on_step"] and name == "quantized_fraction"
-            pl_module.log(f"inq/{name}", value, prog_bar=bar, batch_size=1, **when)
+        for name, value in self.quantizer.metrics().items():
+            bar = when["on_step"] and name == "inq/quantized_fraction"
+            pl_module.log(name, value, prog_bar=bar, batch_size=1, **when)
 
 
 def phase_length(trainer: Trainer, unit: Unit = "step") -> int:
@@ -245,8 +239,9 @@ def phase_length(trainer: Trainer, unit: Unit = "step") -> int:
     one_of("unit", unit, Unit)
     trainer.fit_loop.setup_data()
     run, batches = clock.length(trainer), clock.parts(trainer)
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    phases = [c.options.phases.fit(run) for c in callbacks if isinstance(c, INQCallback) and c.options.restart_lr]
+    phases = [
+        c.options.phases.fit(run) for c in callbacks_of(trainer) if isinstance(c, INQCallback) and c.options.restart_lr
+    ]
     counted = phases[0].unit if phases else "epoch" if math.isfinite(run.epochs) else "step"
     longest = max(phases[0].phase_lengths(run)[1:]) if phases else run.end(counted)
     if not math.isfinite(longest) or (counted != unit and not math.isfinite(trainer.num_training_batches)):

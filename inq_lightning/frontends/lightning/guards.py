@@ -5,11 +5,15 @@ Lightning exists as two packages with the same classes, so classes are told by t
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from pytorch_lightning import Callback, Trainer
 
 from inq_lightning.core.schedule import Schedule
 from inq_lightning.frontends.lightning.base import callbacks_of, is_a
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback, Trainer
 
 
 def check_setup(trainer: Trainer, own: Callback) -> None:
@@ -22,17 +26,7 @@ def check_setup(trainer: Trainer, own: Callback) -> None:
     Raises:
         ValueError: There is one; the message says what to use instead.
     """
-    strategy = type(trainer.strategy).__name__
-    if is_a(trainer.strategy, "FSDPStrategy"):
-        raise ValueError(
-            f"{strategy} flattens the weights of several layers into one parameter, which has no grid; use FSDP2 "
-            "through ModelParallelStrategy, whose sharded parameters INQCallback knows"
-        )
-    if is_a(trainer.strategy, "DeepSpeedStrategy"):
-        raise ValueError(
-            f"{strategy} overwrites the module's weights from master copies of its own, frozen ones included; use ddp, "
-            "or FSDP2 through ModelParallelStrategy"
-        )
+    check_strategy(trainer.strategy)
     for callback in callbacks_of(trainer):
         name = type(callback).__name__
         if is_a(callback, type(own).__name__) and callback is not own:
@@ -59,18 +53,23 @@ def show_rates_last(trainer: Trainer) -> None:
     )
 
 
-def check_optimizers(trainer: Trainer) -> None:
-    """Refuse optimizers that move weights where frozen ones cannot be held.
+def check_strategy(strategy: object) -> None:
+    """Refuse strategies, of a Trainer or of Fabric, that show no parameters which could be kept exact.
 
     Raises:
-        ValueError: There is one.
+        ValueError: It is one; the message says what to use instead.
     """
-    for optimizer in trainer.optimizers:
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError(
-                "LBFGS moves the weights several times within one step, where frozen weights cannot be held; use "
-                "another optimizer, such as SGD or AdamW"
-            )
+    name = type(strategy).__name__
+    if is_a(strategy, "FSDPStrategy"):
+        raise ValueError(
+            f"{name} flattens the weights of several layers into one parameter, which has no grid; use FSDP2 through "
+            "ModelParallelStrategy, whose sharded parameters INQ knows"
+        )
+    if is_a(strategy, "DeepSpeedStrategy"):
+        raise ValueError(
+            f"{name} overwrites the module's weights from master copies of its own, frozen ones included; use ddp, or "
+            "FSDP2 through ModelParallelStrategy"
+        )
 
 
 def hold_until_complete(trainer: Trainer, schedule: Schedule, origin: int) -> None:
