@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from inq_lightning.core import sharding, state
+from inq_lightning.core.coverage import Coverage, LeftOut
 from inq_lightning.core.frozen import FrozenWeight, Rounding
 from inq_lightning.core.layer import Layer, named_weights
 from inq_lightning.core.optimizers import check_optimizers
@@ -19,8 +21,12 @@ from inq_lightning.core.plan import Plan
 from inq_lightning.core.rates import Fit, LearningRates
 from inq_lightning.core.restart import OptimizerState
 from inq_lightning.core.schedule import Length, Schedule, Unit
-from inq_lightning.core.selection import Selected, select_parameters
+from inq_lightning.core.selection import Selection, select_parameters
 from inq_lightning.core.size import snr_db
+from inq_lightning.grid.power_of_two import fit_rule
+
+# Share of a layer's weights that its grid may round to zero without a word; by least error it is about half at 2 bits.
+_NEARLY_ALL = 0.9
 
 
 class Quantizer:
@@ -50,6 +56,7 @@ class Quantizer:
         self.phase = 0
         self.sqnr_db: float | None = None
         self.weights: dict[str, FrozenWeight] = {}
+        self._left_out: list[LeftOut] = []
         self._loaded: dict[str, Any] | None = None  # a checkpoint's state, until begin
         self._optimizers: Sequence[Optimizer] = ()
         self._rates: LearningRates | None = None
@@ -70,6 +77,12 @@ class Quantizer:
     def layers(self) -> list[Layer]:
         """One record for each selected parameter, in the module's order; empty before training starts."""
         return [weight.layer for weight in self.weights.values()]
+
+    @property
+    def coverage(self) -> Coverage:
+        """How much of the module is being quantized, and what is left out and why; nothing before :meth:`attach`."""
+        left_out = (one for one in self._left_out if one.name not in self.weights)
+        return Coverage.of(sum(weight.numel for weight in self.weights.values()), left_out)
 
     @property
     def complete(self) -> bool:
@@ -100,8 +113,8 @@ class Quantizer:
         weight = self.weights[name]
         return sharding.full(weight.mask, weight.parameter)
 
-    def select(self, module: nn.Module) -> list[Selected]:
-        """The parameters of ``module`` that would be quantized, and at how many bits."""
+    def select(self, module: nn.Module) -> Selection:
+        """The parameters of ``module`` that would be quantized, and at how many bits; and what would not, and why."""
         options = self.options
         return select_parameters(
             module,
@@ -111,6 +124,7 @@ class Quantizer:
             layer_bits=options.layer_bits,
             embeddings=options.embeddings,
             pruned=options.keep_zeros,
+            optimizers=self._optimizers,
         )
 
     def plan(self, module: nn.Module, length: Length | None = None) -> Plan:
@@ -136,17 +150,25 @@ class Quantizer:
         self._optimizer_state = OptimizerState(optimizers) if self.options.reset_optimizer else None
 
     def attach(self, module: nn.Module) -> None:
-        """Take in all selected weights, those included that have become trainable since the last call."""
+        """Take in all selected weights, those included that are trained only since the last call.
+
+        Parameters that none of the optimizers holds are left alone, unless these hold nothing of the module.
+        """
         sharding.reshard(module)
-        for name, parameter, bits, pruning_mask in self.select(module):
+        selection = self.select(module)
+        self._left_out = selection.left_out
+        new = []
+        for name, parameter, bits, pruning_mask in selection:
             if name in self.weights:
                 continue
             weight = self.weights[name] = self._frozen_weight(name, parameter, bits)
-            if self._loaded is None:
-                if self.options.keep_zeros:
-                    weight.keep_zeros(pruning_mask)
-                if self.phase:
-                    self._freeze(weight)
+            new.append(weight)
+            if self._loaded is None and self.options.keep_zeros:
+                weight.keep_zeros(pruning_mask)
+        if self._loaded is None and self.phase:
+            self._check(new)
+            for weight in new:
+                self._freeze(weight)
 
     def begin(self, module: nn.Module, length: Length, position: Callable[[Unit], int]) -> None:
         """Fit the schedule to the run, then go on from a loaded state or begin where the run stands.
@@ -169,8 +191,9 @@ class Quantizer:
         # An open schedule was spread over the run that began.
         self.timetable = saved if schedule.starts is None and schedule.portions == saved.portions else schedule
         parameters = dict(named_weights(module))
+        later = {one.name for one in self._left_out if one.reason in ("frozen", "not optimized")}
         for name, layer in loaded["layers"].items():  # a finetuning callback has not made it trainable again yet
-            if name not in self.weights and name in parameters and not parameters[name].requires_grad:
+            if name in later:
                 self.weights[name] = self._frozen_weight(name, parameters[name], layer["bits"])
         state.check_fits(loaded, self.options, self.timetable, self.weights)
         self.timetable.fit(length, loaded["origin"])
@@ -210,8 +233,7 @@ class Quantizer:
         if phase <= self.phase:
             return False
         sharding.reshard(module)
-        for weight in self.weights.values():
-            weight.check()  # all of them, so that an error leaves none frozen ahead of the others
+        self._check(self.weights.values())  # all of them, so that an error leaves none frozen ahead of the others
         self.phase = phase
         roundings = [self._freeze(weight) for weight in self.weights.values()]
         if self._rates is not None:
@@ -311,6 +333,30 @@ class Quantizer:
 
     def _frozen_weight(self, name: str, parameter: nn.Parameter, bits: int) -> FrozenWeight:
         return FrozenWeight(name, parameter, bits, self.options.underflow, self.options.exponent)
+
+    def _check(self, weights: Iterable[FrozenWeight]) -> None:
+        """Refuse weights that cannot be rounded, and warn of those that rounding would wipe out."""
+        lost = {}
+        for weight in weights:
+            grid = weight.check()
+            if grid is not weight.grid and (share := weight.lost(grid)) > _NEARLY_ALL:
+                lost[weight.name] = f"{weight.name}: {share:.1%} ({weight.bits} bits)"
+        if lost and sharding.is_first_process():
+            warnings.warn(
+                "INQ rounds nearly all weights of these layers to zero, as their grids lie too high for them:\n  "
+                + "\n  ".join(lost.values())
+                + f"\nBetter: {self._remedies(lost)}",
+                stacklevel=2,
+            )
+
+    def _remedies(self, names: Iterable[str]) -> str:
+        """What keeps these layers from becoming zero."""
+        remedies = ["more bits for them, by layer_bits", "or leave them out, by exclude"]
+        if self.options.underflow == "truncate":
+            remedies.insert(0, 'underflow="nearest", which rounds at half of the smallest level')
+        if any(fit_rule(self.options.exponent, self.weights[name].bits) == "max" for name in names):
+            remedies.insert(0, 'exponent="mse", which fits a grid to all weights, not to the largest one')
+        return "; ".join(remedies)
 
     def _freeze(self, weight: FrozenWeight) -> Rounding:
         return weight.freeze(self.timetable.portions[self.phase - 1], self.options.partition, self.options.seed)

@@ -10,12 +10,13 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from inq_lightning._common import one_of
+from inq_lightning.core.coverage import Coverage
 from inq_lightning.core.layer import Layer
 from inq_lightning.core.options import Options, takes_options
 from inq_lightning.core.plan import Plan
 from inq_lightning.core.quantizer import Quantizer
 from inq_lightning.core.schedule import Length, Unit
-from inq_lightning.core.selection import Selected
+from inq_lightning.core.selection import Selection
 from inq_lightning.frontends.lightning import clock, guards
 from inq_lightning.frontends.lightning.base import Callback, callbacks_of
 
@@ -64,8 +65,13 @@ class INQCallback(Callback):
         """One record for each selected parameter, in the module's order; empty before training starts."""
         return self.quantizer.layers
 
-    def select(self, module: nn.Module) -> list[Selected]:
-        """The parameters of ``module`` that would be quantized, and at how many bits.
+    @property
+    def coverage(self) -> Coverage:
+        """How much of the module is quantized, and what is left out and why; nothing before training starts."""
+        return self.quantizer.coverage
+
+    def select(self, module: nn.Module) -> Selection:
+        """The parameters of ``module`` that would be quantized, and at how many bits; and what would not, and why.
 
         Raises:
             ValueError: See :func:`~inq_lightning.select_parameters`.
@@ -116,6 +122,7 @@ class INQCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Select the weights, take up a checkpoint's state, and refuse a run that cannot reach portion 1."""
         self._begin(trainer, pl_module)
+        (rank_zero_warn if self.coverage.overlooked else rank_zero_info)(str(self.coverage))
         self._fit_rates(trainer)
         guards.hold_until_complete(trainer, self.quantizer.timetable, self.quantizer.origin)
         held = self.quantizer.hold()
@@ -156,9 +163,9 @@ class INQCallback(Callback):
         Raises:
             RuntimeError: Something has moved frozen weights behind the callback's back.
         """
-        self.quantizer.release()
         if self.quantizer.loaded and not self.layers:  # a completed run's checkpoint: there was nothing left to train
             self._begin(trainer, pl_module)
+        self.quantizer.release()
         self.quantizer.verify()
         if self.layers and self.quantized_fraction < 1:
             rank_zero_warn(
@@ -176,9 +183,18 @@ class INQCallback(Callback):
         self.quantizer.release()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Say in the checkpoint, under ``inq``, whether its network is fully quantized."""
-        fraction = self.quantized_fraction
-        checkpoint["inq"] = {"quantized_fraction": fraction, "fully_quantized": fraction == 1.0}
+        """Say in the checkpoint, under ``inq``, how much of its network is quantized.
+
+        ``quantized_fraction`` is a share of the selected weights; ``network_fraction`` one of all weights in matrices,
+        and ``fully_quantized`` whether that is all of them; ``left_out`` tells what else there is, and why.
+        """
+        fraction, coverage = self.quantized_fraction, self.coverage
+        checkpoint["inq"] = {
+            "quantized_fraction": fraction,
+            "network_fraction": fraction * coverage.share,
+            "fully_quantized": fraction * coverage.share == 1.0,
+            "left_out": {one.name: one.reason for one in coverage.left_out},
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain values and one packed mask for each parameter (1 bit a weight)."""
