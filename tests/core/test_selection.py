@@ -270,7 +270,9 @@ def library_layer(package: str, name: str, **shapes: tuple[int, ...]) -> nn.Modu
     return layer
 
 
-@pytest.mark.parametrize(("package", "name"), [(package, name) for package in _LAYERS for name in _LAYERS[package]])
+@pytest.mark.parametrize(
+    ("package", "name"), [(package, name) for package in _LAYERS for name in sorted(_LAYERS[package])]
+)
 def test_layers_of_well_known_libraries_are_selected_without_importing_them(package: str, name: str) -> None:
     layer = library_layer(package, name, weight=(3, 4), bias=(4,))
     heir = type("Heir", (type(layer),), {"__module__": "my.package"})()
