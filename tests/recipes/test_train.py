@@ -503,7 +503,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_key(override: str) -> Non
         ("trainer.max_epochs=1", "reaches portion 1.0 at epoch 1 .* runs only 1 epochs"),
         ("data.batch_size=0", "batch_size must be at least 1; got 0"),
         ("+pretrain.model.speed=3", "pretrain.model.speed is no key of the model's config"),
-        ("model.lr_schedule=linear", "lr_schedule must be one of constant, cosine, onecycle; got 'linear'"),
+        ("model.lr_schedule=linear", "lr_schedule must be one of constant, cosine, onecycle, got 'linear'"),
     ],
 )
 def test_a_value_that_is_not_allowed_is_named(override: str, message: str, tmp_path: Path) -> None:
