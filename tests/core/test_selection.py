@@ -103,6 +103,7 @@ def test_weights_that_are_not_trained_are_left_out() -> None:
     net[4].weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"no weight to quantize.*candidates were 0\.weight, 4\.weight"):
         select_parameters(net)
+    assert names(net, trainable_only=False) == ["0.weight", "4.weight"]
 
 
 def test_a_shared_weight_comes_once_under_the_first_layers_name() -> None:
