@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from inq_lightning.core.plan import Plan
 from inq_lightning.core.restart import LearningRateRestart
 from inq_lightning.core.schedule import Length, Schedule, Unit
 from inq_lightning.core.selection import Selected, select_parameters
+from inq_lightning.core.size import snr_db
 
 
 class Quantizer:
@@ -181,7 +181,7 @@ class Quantizer:
                 optimizer.state.clear()
         signal, noise = (sum(sums) for sums in zip(*roundings, strict=True))
         if signal and noise:  # otherwise rounding has changed nothing, which no logger can draw
-            self.sqnr_db = 10 * math.log10(signal / noise)
+            self.sqnr_db = float(snr_db(signal, noise))
         return True
 
     def mask_gradients(self) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
 from typing import Any
 
 import hydra
@@ -25,6 +24,7 @@ from inq_lightning.frontends.lightning.callback import INQCallback
 from inq_lightning.recipes.command import accept_json, prepare
 from inq_lightning.recipes.config import register_training
 from inq_lightning.recipes.start import Start, load_weights, plan_epochs
+from inq_lightning.report.tables import plan_table
 
 register_training()
 
@@ -46,9 +46,9 @@ def main(cfg: DictConfig) -> None:
     console = prepare(cfg)
     plan = make_plan(cfg)
     if cfg.output == "json":
-        print(json.dumps(asdict(plan)))
+        print(json.dumps(plan.as_dict()))
     else:
-        console.print(plan.table())
+        console.print(plan_table(plan))
 
 
 def make_plan(cfg: DictConfig) -> Plan:

@@ -12,9 +12,9 @@ from pytorch_lightning import Callback, LightningDataModule, LightningModule, Tr
 from pytorch_lightning.callbacks import LearningRateMonitor, ProgressBar
 
 from inq_lightning.frontends.lightning.callback import INQCallback
+from inq_lightning.frontends.lightning.jsonlines import JSONLines
 from inq_lightning.frontends.lightning.monitor import INQMonitor
 from inq_lightning.recipes.start import Start, load_weights
-from inq_lightning.report.run import JSONLines
 
 
 class FullPrecision(Callback):

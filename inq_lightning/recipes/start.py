@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 from omegaconf import DictConfig
 from pytorch_lightning import LightningModule
-from safetensors.torch import load_file
 
 from inq_lightning.core.schedule import Schedule
+from inq_lightning.formats.checkpoint import load_checkpoint
 
 EPOCHS_PER_PHASE = 4  # where neither the schedule nor trainer.max_epochs says
 
@@ -39,7 +38,7 @@ class Start(NamedTuple):
             if cfg.resume:
                 raise ValueError("resume=true needs ckpt=PATH, the checkpoint of the interrupted run")
             return cls("pretrain")
-        checkpoint = load_checkpoint(cfg)
+        checkpoint = _load(cfg.ckpt)
         if not cfg.resume:
             return cls("quantize", weights=checkpoint.get("state_dict", checkpoint))
         if "callbacks" not in checkpoint:
@@ -50,25 +49,13 @@ class Start(NamedTuple):
         return cls("quantize" if quantizing else "pretrain", checkpoint=cfg.ckpt)
 
 
-def load_checkpoint(cfg: DictConfig) -> dict[str, Any]:
-    """Read the file that ``ckpt`` names.
-
-    Raises:
-        ValueError: There is no such file, or it is no checkpoint.
-    """
-    path = Path(cfg.ckpt)
-    if not path.is_file():
-        raise ValueError(f"ckpt={cfg.ckpt}: there is no such file")
+def _load(ckpt: str) -> dict[str, Any]:
+    if not Path(ckpt).is_file():
+        raise ValueError(f"ckpt={ckpt}: there is no such file")
     try:
-        if path.suffix == ".safetensors":
-            checkpoint = load_file(path)
-        else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"ckpt={cfg.ckpt} cannot be read as a checkpoint: {error}") from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"ckpt={cfg.ckpt} holds a {type(checkpoint).__name__}, not a checkpoint or a state_dict")
-    return checkpoint
+        return load_checkpoint(ckpt)
+    except ValueError as error:
+        raise ValueError(f"ckpt={error}") from error
 
 
 def load_weights(module: LightningModule, weights: dict[str, Any], cfg: DictConfig) -> None:

@@ -26,6 +26,7 @@ from inq_lightning.recipes.config import register_training
 from inq_lightning.recipes.stages import FullPrecision, pretrain, quantize, test
 from inq_lightning.recipes.start import Start, plan_epochs
 from inq_lightning.report.run import Report, print_json
+from inq_lightning.report.tables import report_table
 
 register_training()
 
@@ -59,7 +60,7 @@ def train(cfg: DictConfig, console: Any) -> None:
     if start.stage == "pretrain":
         start = pretrain(cfg, start, data, inq, carried)
     trainer, module = quantize(cfg, start, data, inq, carried)
-    report = Report.of(module, inq, carried.metrics, test(trainer, module, data), carried.seconds)
+    report = Report.of(module, inq.layers, carried.metrics, test(trainer, module, data), carried.seconds)
 
     folder = Path(cfg.output_dir)
     trainer.save_checkpoint(folder / "quantized.ckpt", weights_only=False)
@@ -69,7 +70,7 @@ def train(cfg: DictConfig, console: Any) -> None:
             pack(module, inq, folder / "quantized.safetensors")
         if cfg.output == "json":
             print_json(event="report", **report.as_dict(), folder=str(folder))
-        console.print(report.table())
+        console.print(report_table(report))
         console.print(f"Checkpoint, report and logs are in {folder}", soft_wrap=True, markup=False)
 
 

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.model_helpers import is_overridden
-from torch import nn
 
 from inq_lightning.core import sharding
-from inq_lightning.core.layer import Layer, named_weights, plain_name
+from inq_lightning.core.layer import named_weights
+from inq_lightning.core.size import size_of
 from inq_lightning.frontends.lightning.base import Callback
 from inq_lightning.frontends.lightning.callback import INQCallback
 from inq_lightning.frontends.lightning.find import find_inq
 from inq_lightning.frontends.lightning.loggers import adapters, tensorboards
 from inq_lightning.report import plots
-from inq_lightning.report.metrics import BitsPerWeight
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,7 +102,7 @@ class INQMonitor(Callback):
         self._show(trainer, pl_module)
         if not trainer.is_global_zero:
             return
-        size = float((size_of(pl_module, inq.layers).bits + 7) // 8)
+        size = float(size_of(pl_module, {layer.name: layer.bits for layer in inq.layers}).bytes)
         for logger in trainer.loggers:
             logger.log_metrics({"inq/bytes": size}, trainer.global_step)
             logger.save()
@@ -239,17 +238,8 @@ def _exponents(pl_module: LightningModule, inq: INQCallback) -> dict[str, plots.
     for layer in inq.layers:
         parameter = parameters[layer.name]
         weight = sharding.full(sharding.local(parameter), parameter)
-        counted[layer.name] = plots.count_exponents(weight, inq.frozen_mask(layer.name), layer.n1, layer.n2)
+        counted[layer.name] = plots.count_exponents(weight, inq.frozen_mask(layer.name), layer.grid)
     return counted
-
-
-def size_of(module: nn.Module, layers: Iterable[Layer]) -> BitsPerWeight:
-    """Measure all parameters, those of ``layers`` at their bits a weight; the metric's ``bits`` is their sum."""
-    widths = {layer.name: layer.bits for layer in layers}
-    size = BitsPerWeight()
-    for name, parameter in module.named_parameters():
-        size.update(parameter.detach(), widths.get(plain_name(name)))
-    return size
 
 
 def _settings(inq: INQCallback) -> dict[str, Any]:
