@@ -27,7 +27,8 @@ from torch import Tensor
 
 from inq_lightning import PRESETS, PowerOfTwoGrid
 from inq_lightning.recipes.models import LeNet5, SmallCNN
-from inq_lightning.recipes.train import main, plan_epochs
+from inq_lightning.recipes.start import plan_epochs
+from inq_lightning.recipes.train import main
 from inq_lightning.report.run import Report
 
 SCRIPT = Path(sysconfig.get_path("scripts")) / "inq-train"
