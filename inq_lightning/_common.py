@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
 
 import torch
 
 
 def import_extra(module: str, extra: str) -> Any:
-    """Imports a module that only an optional extra of this package installs.
+    """Import a module that only an optional extra of this package installs.
 
     Args:
-        module: Full name of the module, such as `torchvision.models`.
+        module: Full name of the module, such as ``torchvision.models``.
         extra: Extra of inq-lightning that installs it.
-
-    Returns:
-        The module.
 
     Raises:
         ImportError: The module is missing, or is installed but fails to import; says which and what to install.
@@ -35,3 +35,30 @@ def import_extra(module: str, extra: str) -> Any:
             f"{package} is installed but fails to import ({type(error).__name__}: {error}); its build probably does "
             f"not match torch {torch.__version__}. Install a matching pair: {advice}"
         ) from error
+
+
+def one_of(option: str, value: object, allowed: Any) -> None:
+    """Refuse a value that is none of those allowed.
+
+    Args:
+        option: What the value is for, as the user calls it.
+        value: What was given.
+        allowed: The allowed values, or a ``Literal`` of them.
+
+    Raises:
+        ValueError: The value is none of them; the message names the option and lists them.
+    """
+    values = get_args(allowed) or tuple(allowed)
+    if value not in values:
+        raise ValueError(f"{option} must be one of {', '.join(map(str, values))}, got {value!r}")
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside ``path`` to write to; the file gets its own name only once it is complete."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

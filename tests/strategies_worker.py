@@ -201,7 +201,7 @@ def write(folder: Path, run: Trainer, module: LightningModule, callback: INQCall
     result = {
         "weights": notes.weights(run),
         "buffers": {n: b.clone() for n, b in module.named_buffers()},
-        "layers": [tuple(layer) for layer in callback.layers],
+        "layers": [(x.name, x.shape, x.bits, x.n1, x.n2, x.numel, x.frozen) for x in callback.layers],
         "fraction": callback.quantized_fraction,
         "fractions": notes.fractions,
         "masks": notes.masks,

@@ -131,7 +131,9 @@ def fine_tune(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Train the baseline on at full precision, for as long and with the same restarts as INQ would."""
     callback: INQCallback = instantiate(cfg.inq)
     module, data = start(cfg, callback)
-    return fit(cfg, folder, module, data, [RestartsOnly(callback.schedule)] if callback.restart_lr else [])
+    return fit(
+        cfg, folder, module, data, [RestartsOnly(callback.options.phases)] if callback.options.restart_lr else []
+    )
 
 
 def one_shot(cfg: DictConfig, folder: Path) -> dict[str, Any]:
@@ -155,7 +157,7 @@ def start(cfg: DictConfig, callback: INQCallback) -> tuple[LightningModule, Ligh
     Raises:
         FileNotFoundError: There is neither a baseline in the study's folder nor one that comes with the project.
     """
-    plan_epochs(cfg, callback.schedule)
+    plan_epochs(cfg, callback.options.phases)
     own = Path(cfg.folder) / "baseline" / str(cfg.seed) / "weights.safetensors"
     trained = own if own.is_file() else BASELINES / f"{cfg.seed}.safetensors"
     if not trained.is_file():

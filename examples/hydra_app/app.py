@@ -19,7 +19,7 @@ def main(cfg: DictConfig) -> None:
     callback = instantiate(cfg.inq)
     trainer = Trainer(max_epochs=cfg.epochs, callbacks=[callback], logger=False, enable_checkpointing=False)
     trainer.fit(Classifier(SmallCNN(), num_classes=10, lr=cfg.lr), DigitsDataModule())
-    print(f"bits {callback.bits}, quantized {callback.quantized_fraction:.0%}")
+    print(f"bits {callback.options.bits}, quantized {callback.quantized_fraction:.0%}")
 
 
 if __name__ == "__main__":

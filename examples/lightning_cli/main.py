@@ -13,4 +13,4 @@ if __name__ == "__main__":
     cli = LightningCLI(Classifier, DigitsDataModule, seed_everything_default=0)
     for callback in cli.trainer.callbacks:
         if isinstance(callback, INQCallback):
-            print(f"bits {callback.bits}, quantized {callback.quantized_fraction:.0%}")
+            print(f"bits {callback.options.bits}, quantized {callback.quantized_fraction:.0%}")

@@ -8,24 +8,17 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from inq_lightning._common import one_of
 from inq_lightning.core import sharding
+from inq_lightning.core.layer import Layer
 from inq_lightning.core.partition import Partition, scores, select
-from inq_lightning.grid import (
-    Exponent,
-    PowerOfTwoGrid,
-    Underflow,
-    check_bits,
-    check_exponent,
-    check_floating,
-    check_underflow,
-    exponent_range,
-)
-
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 1 << 18  # elements whose temporaries stay in a core's cache
+from inq_lightning.grid import Exponent, Grid, PowerOfTwoGrid, Underflow, from_spec
+from inq_lightning.grid.power_of_two import check_bits, check_finite, check_floating, largest_magnitude
+from inq_lightning.kernels import bits_of, kernel_for, split
 
 
 class Rounding(NamedTuple):
@@ -64,15 +57,15 @@ class FrozenWeight:
         exponent: Exponent = "max",
     ) -> None:
         check_bits(bits)
-        check_underflow(underflow)
-        check_exponent(exponent)
+        one_of("underflow", underflow, Underflow)
+        one_of("exponent", exponent, Exponent)
         check_floating(parameter)
         self.name = name
         self.parameter = parameter
         self.bits = bits
         self.underflow: Underflow = underflow
         self.exponent: Exponent = exponent
-        self.grid: PowerOfTwoGrid | None = None
+        self.grid: Grid | None = None
         self.frozen = 0
         self._kept = 0  # zeros of a pruned network, which portions do not count
         # Frozen weights' values; +0.0 marks a free weight, so a weight frozen at zero is kept as -0.0.
@@ -87,7 +80,12 @@ class FrozenWeight:
     @property
     def mask(self) -> Tensor:
         """bool, True where frozen; the local piece of a sharded parameter."""
-        return _bits(self._values) != 0
+        return bits_of(self._values) != 0
+
+    @property
+    def layer(self) -> Layer:
+        """Where it stands, for the record."""
+        return Layer(self.name, tuple(self.parameter.shape), self.bits, self.grid, self.frozen)
 
     def keep_zeros(self, pruning_mask: Tensor | None = None) -> None:
         """Freeze at zero what is exactly zero now, and let portions count only the other weights.
@@ -100,7 +98,7 @@ class FrozenWeight:
         weight = sharding.local(self.parameter)
         if pruning_mask is not None:
             weight.mul_(sharding.local_part(pruning_mask, self.parameter))
-        new = (weight == 0).logical_and_(_bits(self._values) == 0)
+        new = (weight == 0).logical_and_(bits_of(self._values) == 0)
         self._values[new] = -0.0
         kept = int(sharding.sum_over_shards(new.count_nonzero(), self.parameter))
         self._kept += kept
@@ -142,18 +140,19 @@ class FrozenWeight:
         if count <= 0:
             return Rounding(0.0, 0.0)
         order = scores(self.parameter, partition, self.name, seed)
-        chosen = select(order, _bits(self._values) == 0, count, like=self.parameter)
+        chosen = select(order, bits_of(self._values) == 0, count, like=self.parameter)
         if self.grid is not grid:
             self.grid = grid
-            self._set_values(self._values.to(_storage_dtype(grid)))
+            self._set_values(self._values.to(grid.storage_dtype))
         signal = noise = 0.0
-        for w, new, (value, bits) in zip(_split(weight), _split(chosen), self._chunks, strict=True):
+        for w, new, value in zip(split(weight), split(chosen), split(self._values), strict=True):
             before = w * new
             after = grid.round(before)  # 0, hence "free", for all the others
             signal += float(torch.linalg.vector_norm(before, dtype=torch.float64)) ** 2
             noise += float(torch.linalg.vector_norm(before - after, dtype=torch.float64)) ** 2
+            bits = bits_of(value)
             sign = new.logical_and(after == 0).to(bits.dtype).bitwise_left_shift_(8 * value.element_size() - 1)
-            bits.bitwise_or_(_bits(after.to(value.dtype))).bitwise_or_(sign)
+            bits.bitwise_or_(bits_of(after.to(value.dtype))).bitwise_or_(sign)
         self.frozen += count
         self.restore()
         sums = torch.tensor([signal, noise], dtype=torch.float64, device=weight.device)
@@ -168,41 +167,23 @@ class FrozenWeight:
         if self.frozen == self.numel:
             grad.zero_()
             return
-        if grad.device.type != "cpu":
-            grad.masked_fill_(self.mask, 0.0)
-            return
-        # A shift by the bits of the value clears what is frozen in one vectorized pass, several times faster than a
-        # masked fill: a free weight's bits are 0, which shifts nothing; those of a normal number are negative or exceed
-        # the width of any word, for which PyTorch defines the result 0.
-        for g, (_, bits) in zip(_split(_bits(grad)), self._chunks, strict=True):
-            g.bitwise_left_shift_(bits)
+        self._kernel.mask_gradient(grad)
 
     def restore(self) -> None:
         """Put the frozen weights back to their values, bit for bit, wherever an optimizer has moved them."""
         weight = sharding.local(self.parameter)
         if not self.frozen:
             return
-        if weight.device.type != "cpu":
-            weight.copy_(torch.where(self.mask, self._values.to(weight.dtype), weight))
-            weight.add_(0.0)
-            return
         if self.frozen == self.numel:
             weight.copy_(self._values).add_(0.0)  # -0.0 becomes +0.0
             return
-        widened = weight.element_size() > self._values.element_size()
-        exact = torch.empty(0)
-        for w, (value, bits) in zip(_split(weight), self._chunks, strict=True):
-            if exact.shape != w.shape:
-                exact = torch.empty_like(w)
-            exact.copy_(value)
-            _bits(w).bitwise_left_shift_(_bits(exact) if widened else bits)  # as in mask_gradient
-            w.add_(exact)  # free: x + 0.0; frozen: 0.0 + value, where -0.0 becomes +0.0
+        self._kernel.restore(weight)
 
     def drifted(self) -> int:
         """How many frozen weights of the local piece differ from the values they were frozen at."""
         weight = sharding.local(self.parameter)
         values = self._values.to(weight.device)  # Lightning moves a trained module back to the CPU
-        return int((weight != values).logical_and_(_bits(values) != 0).sum())
+        return int((weight != values).logical_and_(bits_of(values) != 0).sum())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the weights themselves do not tell, in plain numbers and one uint8 tensor.
@@ -214,10 +195,10 @@ class FrozenWeight:
             "shape": list(self.parameter.shape),
             "bits": self.bits,
             "underflow": self.underflow,
-            "n1": None if self.grid is None else self.grid.n1,
+            "grid": None if self.grid is None else self.grid.spec(),
             "frozen": self.frozen,
             "kept": self._kept,
-            "mask": pack_mask(mask).cpu(),
+            "mask": pack_mask(mask),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -237,42 +218,35 @@ class FrozenWeight:
             )
         mask = sharding.local_part(whole, self.parameter)
         weight = sharding.local(self.parameter)
-        grid = PowerOfTwoGrid(state["n1"], self.bits, self.underflow) if state["frozen"] else None
-        values = torch.zeros_like(weight, dtype=torch.bfloat16 if grid is None else _storage_dtype(grid))
-        if grid is not None:
-            frozen = weight[mask]
-            moved = (grid.quantize(frozen.nan_to_num()) != frozen).count_nonzero()
-            off = int(sharding.sum_over_shards(moved, self.parameter))
-            if off:
-                raise ValueError(
-                    f"{self.name}: {off} weights that the saved state calls frozen are not on its grid; "
-                    "the state and the weights do not belong together"
-                )
-            frozen = frozen.to(values.dtype)
-            values[mask] = torch.where(frozen == 0, -0.0, frozen)
+        grid = None if state["grid"] is None else from_spec(state["grid"])
+        frozen = weight[mask]
+        expected = (grid or PowerOfTwoGrid(None, self.bits)).quantize(frozen.nan_to_num())  # without one: zeros kept
+        off = int(sharding.sum_over_shards((expected != frozen).count_nonzero(), self.parameter))
+        if off:
+            raise ValueError(
+                f"{self.name}: {off} weights that the saved state calls frozen are not on its grid; "
+                "the state and the weights do not belong together"
+            )
+        values = torch.zeros_like(weight, dtype=torch.bfloat16 if grid is None else grid.storage_dtype)
+        frozen = frozen.to(values.dtype)
+        values[mask] = torch.where(frozen == 0, -0.0, frozen)
         self.grid, self.frozen, self._kept = grid, int(state["frozen"]), int(state["kept"])
         self._set_values(values)
 
     def _set_values(self, values: Tensor) -> None:
         self._values = values
-        self._chunks = [(chunk, _bits(chunk)) for chunk in _split(values)]  # views, cut once and used at every step
+        self._kernel = kernel_for(values)
 
-    def _fit(self, weight: Tensor) -> PowerOfTwoGrid:
+    def _fit(self, weight: Tensor) -> Grid:
         """The grid in force, or the one that the weights ask for; refuses nan and inf in every process alike."""
-        largest = weight.abs().max().double() if weight.numel() else weight.new_zeros((), dtype=torch.float64)
-        largest = sharding.max_over_shards(largest.nan_to_num(nan=torch.inf, posinf=torch.inf), self.parameter)
-        if self.grid is not None and self.grid.n1 is not None and torch.isfinite(largest):
-            return self.grid  # whatever the weights have become since: they saturate
+        reduce = sharding.reduction(self.parameter)
         try:
-            grid = PowerOfTwoGrid.from_max(float(largest), weight.dtype, self.bits, self.underflow)
+            if self.grid is None or len(self.grid.codes) == 1:  # of zeros, which holds nothing else
+                return PowerOfTwoGrid.from_weights(weight, self.bits, self.underflow, self.exponent, reduce)
+            check_finite(largest_magnitude(weight, reduce))
         except ValueError as error:
-            diverged = "; otherwise go back to a checkpoint from before it diverged, and lower the learning rate"
-            raise ValueError(f"{self.name}: {error}{'' if torch.isfinite(largest) else diverged}") from error
-        if self.exponent == "max":
-            return grid
-        grids = grid.lower(weight.dtype)
-        errors = torch.tensor([g.squared_error(weight) for g in grids], dtype=torch.float64, device=weight.device)
-        return grids[int(sharding.sum_over_shards(errors, self.parameter).argmin())]
+            raise ValueError(f"{self.name}: {error}") from error
+        return self.grid  # whatever the weights have become since: they saturate
 
 
 def frozen_count(portion: float, numel: int, kept: int = 0) -> int:
@@ -282,9 +256,7 @@ def frozen_count(portion: float, numel: int, kept: int = 0) -> int:
 
 def pack_mask(mask: Tensor) -> Tensor:
     """Eight elements of a bool tensor to a byte, the first in the lowest bit; uint8 of shape (ceil(numel / 8),)."""
-    flat = mask.reshape(-1).to(torch.uint8)
-    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    return (padded << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+    return torch.from_numpy(np.packbits(mask.reshape(-1).numpy(force=True), bitorder="little"))
 
 
 def unpack_mask(packed: Tensor, shape: torch.Size) -> Tensor:
@@ -296,26 +268,5 @@ def unpack_mask(packed: Tensor, shape: torch.Size) -> Tensor:
     numel = shape.numel()
     if packed.dtype != torch.uint8 or packed.shape != ((numel + 7) // 8,):
         raise ValueError(f"a packed mask of shape {tuple(shape)} takes {(numel + 7) // 8} bytes, got {packed.numel()}")
-    bits = packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return (bits & 1).bool().view(-1)[:numel].view(shape)
-
-
-def _storage_dtype(grid: PowerOfTwoGrid) -> torch.dtype:
-    """bfloat16 unless the grid leaves its normal numbers, whose bits `mask_gradient` counts on."""
-    lowest, highest = -126, exponent_range(torch.bfloat16)[1]
-    if grid.n1 is None or grid.n2 is None or (lowest <= grid.n2 and grid.n1 <= highest):
-        return torch.bfloat16
-    return torch.float64
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """The same memory seen as integers."""
-    return tensor.view(_INTEGERS[tensor.element_size()])
-
-
-def _split(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Views of cache size, the same cuts for tensors of the same shape, whatever their memory formats."""
-    if tensor.dim() == 0:
-        return (tensor,)
-    rows = max(1, _CHUNK * tensor.shape[0] // max(tensor.numel(), 1))
-    return torch.split(tensor, rows)
+    bits = np.unpackbits(packed.numpy(force=True), count=numel, bitorder="little")
+    return torch.from_numpy(bits.view(np.bool_)).view(shape)

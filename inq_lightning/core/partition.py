@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import zlib
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from inq_lightning._common import one_of
 from inq_lightning.core import sharding
 
 Partition = Literal["magnitude", "random"]
 
 _RADIX = 16  # bits of a key that one histogram resolves
 _BINS = 1 << _RADIX
-
-
-def check_partition(partition: str) -> None:
-    """Refuse an unknown partition.
-
-    Raises:
-        ValueError: ``partition`` is neither ``"magnitude"`` nor ``"random"``.
-    """
-    if partition not in get_args(Partition):
-        raise ValueError(f"partition must be one of {', '.join(get_args(Partition))}, got {partition!r}")
 
 
 def scores(w: Tensor, partition: Partition, name: str = "", seed: int = 0) -> Tensor:
@@ -40,7 +31,7 @@ def scores(w: Tensor, partition: Partition, name: str = "", seed: int = 0) -> Te
     Returns:
         Non-negative scores in the shape of the local piece of ``w``.
     """
-    check_partition(partition)
+    one_of("partition", partition, Partition)
     if partition == "magnitude":
         return sharding.local(w).abs()
     # Hashed together: the generator reads no more than 32 bits of its seed.

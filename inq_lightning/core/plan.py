@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from inq_lightning._common import import_extra
 from inq_lightning.core.frozen import frozen_count
+from inq_lightning.core.layer import plain_name
 from inq_lightning.core.schedule import Schedule, Unit
 from inq_lightning.core.selection import Selected
 from inq_lightning.report.metrics import BitsPerWeight
@@ -111,7 +112,7 @@ class Plan:
         widths = {layer.name: layer.bits for layer in layers}
         before, after, floating = BitsPerWeight(), BitsPerWeight(), []
         for name, parameter in module.named_parameters():
-            name = name.replace("_orig_mod.", "")
+            name = plain_name(name)
             if isinstance(parameter, UninitializedParameter):
                 raise ValueError(f"{name} belongs to a lazy layer and has no size yet; run one batch through it first")
             before.update(parameter.detach())

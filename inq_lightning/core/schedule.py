@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
+
+from inq_lightning._common import one_of
 
 Unit = Literal["epoch", "step"]
 
@@ -28,6 +31,32 @@ PRESETS: dict[str, tuple[float, ...]] = {
 def default_preset(bits: int) -> str:
     """The preset that the paper uses at this bit width: its ResNet-18 rows."""
     return f"{bits}bit" if bits < 5 else "resnet18"
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run is; inf where nothing says so.
+
+    Attributes:
+        epochs: Epochs at most.
+        steps: Optimizer steps at most.
+        steps_per_epoch: Optimizer steps of an epoch; inf where unknown: data without a length, or code that steps its
+            optimizers when it likes.
+        trial: Whether it is a trial run, which may end before the schedule does.
+    """
+
+    epochs: float = math.inf
+    steps: float = math.inf
+    steps_per_epoch: float = math.inf
+    trial: bool = False
+
+    def total(self, unit: Unit) -> float:
+        """Epochs or optimizer steps of the run; inf where nothing says so."""
+        if unit == "step":
+            return min(self.steps, self.epochs * self.steps_per_epoch)
+        if math.isfinite(self.steps_per_epoch * self.steps):
+            return min(self.epochs, math.ceil(self.steps / self.steps_per_epoch))
+        return self.epochs
 
 
 @dataclass(frozen=True)
@@ -62,8 +91,7 @@ class Schedule:
             raise ValueError(
                 f"the last portion must be 1.0, or some weights would never be quantized, got {list(portions)}"
             )
-        if self.unit not in get_args(Unit):
-            raise ValueError(f"unit must be one of {', '.join(get_args(Unit))}, got {self.unit!r}")
+        one_of("unit", self.unit, Unit)
         if self.starts is None:
             return
         starts = tuple(_number(s, int, "start") for s in self.starts)
@@ -117,6 +145,31 @@ class Schedule:
                 f"Trainer runs {total}; train longer or use fewer portions"
             )
         return replace(self, starts=tuple(i * total // phases for i in range(phases)))
+
+    def counted_for(self, length: Length) -> Schedule:
+        """Let an open schedule count in steps where a run is limited in steps alone and has no number of epochs."""
+        return replace(self, unit="step") if self.starts is None and not math.isfinite(length.epochs) else self
+
+    def fit(self, length: Length, origin: int = 0) -> Schedule:
+        """Spread an open schedule over what is left of a run after ``origin``, and make sure that it reaches 1.
+
+        Raises:
+            ValueError: The run is too short, or has no end that a schedule could be spread over.
+        """
+        schedule = self.counted_for(length)
+        if schedule.starts is None:
+            total = length.total(schedule.unit) - origin
+            if length.trial:
+                total = max(total, len(schedule.portions))
+            if not math.isfinite(total):
+                raise ValueError(
+                    "an open schedule is spread over the Trainer's run, but this one has no end: set max_epochs or "
+                    "max_steps, or say when each portion begins, such as schedule={0: 0.5, 4: 0.75, 8: 0.875, 12: 1.0}"
+                )
+            schedule = schedule.spread(int(total))
+        if not length.trial:
+            schedule.check_fits(length.total(schedule.unit) - origin)
+        return schedule
 
     def check_fits(self, total: float) -> None:
         """Refuse a run of ``total`` epochs or steps that ends before the portion reaches 1.

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
-from inq_lightning.grid import check_bits
+from inq_lightning.core.layer import plain_name
+from inq_lightning.grid.power_of_two import check_bits
 
 
 class Selected(NamedTuple):
@@ -71,7 +72,7 @@ def select_parameters(
         _check_matches(option, given, candidates)
 
     # A weight that is tied to another layer's bears the name that the module lists it under.
-    own_names = {id(p): name.replace("_orig_mod.", "") for name, p in module.named_parameters()}
+    own_names = {id(p): plain_name(name) for name, p in module.named_parameters()}
     selected = []
     for candidate, layer in candidates.items():
         if (include is not None and not _matches(candidate, include)) or _matches(candidate, exclude):
@@ -121,8 +122,7 @@ def _candidates(module: nn.Module, embeddings: bool) -> Iterator[tuple[str, nn.M
             if parameter is not None and id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            name = f"{path}.{weight}" if path else weight
-            yield name.replace("_orig_mod.", ""), layer
+            yield plain_name(f"{path}.{weight}".lstrip(".")), layer
 
 
 def _weight_names(layer: nn.Module, embeddings: bool) -> Iterable[str]:

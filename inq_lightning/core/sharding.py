@@ -1,21 +1,35 @@
 """What a process sees of a parameter that is sharded over several processes (``DTensor``); plain tensors pass through.
 
-Only this module knows about distributed tensors: the rest works on the local piece and adds up counts.
+Only this module knows about distributed tensors: the rest works on the local piece and adds up counts. It imports
+`torch.distributed` only where a distributed tensor has turned up, which somebody else's import must have made: plain
+loops and inference are spared a second and 46 MB.
 """
 
 from __future__ import annotations
 
+import sys
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
-from torch.distributed import all_reduce
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+from inq_lightning.grid import Reduction
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
+
+
+def is_sharded(tensor: Tensor) -> TypeIs[DTensor]:
+    """Whether it is a ``DTensor``."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
     """The piece of ``tensor`` that lives in this process, without autograd; writing to it writes to the tensor."""
     tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def local_part(full: Tensor, like: Tensor) -> Tensor:
@@ -25,20 +39,22 @@ def local_part(full: Tensor, like: Tensor) -> Tensor:
         full: Tensor of the global shape of ``like``, any dtype; one that is sharded as ``like`` is cut already.
         like: The sharded or plain tensor to follow.
     """
-    if isinstance(full, DTensor):
+    if is_sharded(full):
         return local(full)
     full = full.to(like.device)
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return full
+    from torch.distributed.tensor import distribute_tensor
+
     # Without a source rank nothing is sent: every process cuts its piece from its own copy.
     return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
 def full(piece: Tensor, like: Tensor) -> Tensor:
     """Put the pieces of all processes together: the inverse of :func:`local_part`. A collective call."""
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return piece
-    sharded = DTensor.from_local(
+    sharded = type(like).from_local(
         piece, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
     return sharded.full_tensor()
@@ -46,27 +62,24 @@ def full(piece: Tensor, like: Tensor) -> Tensor:
 
 def global_index(flat: Tensor, like: Tensor) -> Tensor:
     """Turn flat indices into ``local(like)`` into flat indices into the whole of ``like``; int64, same shape."""
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return flat
     return local_part(torch.arange(like.numel()).view(like.shape), like).reshape(-1)[flat]
 
 
 def sum_over_shards(counts: Tensor, like: Tensor) -> Tensor:
     """Add up ``counts`` over the processes that hold different pieces of ``like``, in place. A collective call."""
-    if isinstance(like, DTensor):
-        for dimension, placement in enumerate(like.placements):
-            if not placement.is_replicate():  # FSDP2 over tensor parallelism shards in strides, no `is_shard()`
-                all_reduce(counts, group=like.device_mesh.get_group(dimension))
-    return counts
+    return _reduce(counts, like, "SUM")
 
 
 def max_over_shards(value: Tensor, like: Tensor) -> Tensor:
     """The largest ``value`` over the processes that hold different pieces of ``like``, in place. A collective call."""
-    if isinstance(like, DTensor):
-        for dimension, placement in enumerate(like.placements):
-            if not placement.is_replicate():
-                all_reduce(value, op=torch.distributed.ReduceOp.MAX, group=like.device_mesh.get_group(dimension))
-    return value
+    return _reduce(value, like, "MAX")
+
+
+def reduction(like: Tensor) -> Reduction:
+    """What a grid needs in order to be fitted to all shards of ``like`` at once."""
+    return Reduction(lambda partial: sum_over_shards(partial, like), lambda partial: max_over_shards(partial, like))
 
 
 def reshard(module: nn.Module) -> None:
@@ -74,6 +87,18 @@ def reshard(module: nn.Module) -> None:
 
     After a validation the root module's parameters stay gathered; what is written to the shards then would be lost.
     """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
     for submodule in module.modules():
-        if isinstance(submodule, FSDPModule):
+        if isinstance(submodule, fsdp.FSDPModule):
             submodule.reshard()
+
+
+def _reduce(partial: Tensor, like: Tensor, operation: str) -> Tensor:
+    if is_sharded(like):
+        operator = getattr(torch.distributed.ReduceOp, operation)
+        for dimension, placement in enumerate(like.placements):
+            if not placement.is_replicate():  # FSDP2 over tensor parallelism shards in strides, no `is_shard()`
+                torch.distributed.all_reduce(partial, operator, group=like.device_mesh.get_group(dimension))
+    return partial

@@ -1,4 +1,4 @@
-"""What INQCallback keeps in a checkpoint: is it whole, does it fit the run that resumes from it."""
+"""What a run keeps in a checkpoint: is it whole, does it fit the run that resumes from it."""
 
 from __future__ import annotations
 
@@ -8,52 +8,55 @@ from typing import Any
 from torch import Tensor
 
 from inq_lightning.core.frozen import FrozenWeight
+from inq_lightning.core.options import Options
 from inq_lightning.core.schedule import Schedule
 
-VERSION = 1
+VERSION = 2
 
 _STATE = {"phase": int, "origin": int, "schedule": dict, "layers": dict}
-_LAYER_STATE = {
-    "shape": list,
-    "bits": int,
-    "underflow": str,
-    "n1": (int, type(None)),
-    "frozen": int,
-    "kept": int,
-    "mask": Tensor,
-}
+_LAYER = {"shape": list, "bits": int, "underflow": str, "frozen": int, "kept": int, "mask": Tensor}
+_NONE = type(None)
+# What each version has besides: version 1 did not keep the options, and of a grid only n1.
+_STATE_OF: dict[Any, dict[str, Any]] = {1: {}, 2: {"options": dict}}
+_LAYER_OF: dict[Any, dict[str, Any]] = {1: {"n1": (int, _NONE)}, 2: {"grid": (dict, _NONE)}}
 
 
-def check(state: Any) -> Schedule:
+def check(state: Any) -> dict[str, Any]:
     """Refuse a state that this release cannot read.
 
     Returns:
-        The schedule that the state was written under.
+        The state as this version writes it: ``options`` (those that were kept), ``phase``, ``origin``, ``schedule``
+        (arguments of :class:`~inq_lightning.Schedule`) and ``layers`` (states of
+        :class:`~inq_lightning.FrozenWeight` by name).
 
     Raises:
         ValueError: It is of another version, or damaged; the message names each damage.
     """
-    if isinstance(state, Mapping) and state.get("version") != VERSION:
+    version: Any = state.get("version") if isinstance(state, Mapping) else VERSION
+    if version not in _STATE_OF:
         raise ValueError(
-            f"the checkpoint's INQ state has version {state.get('version')!r}, this release reads version {VERSION}; "
+            f"the checkpoint's INQ state has version {version!r}, this release reads versions 1 to {VERSION}; "
             "resume with the release that wrote it, or load only its weights and start INQ afresh"
         )
-    _refuse(_damages(state), "is damaged", "from another checkpoint")
-    return Schedule(**state["schedule"])
+    _refuse(_damages(state, version), "is damaged", "from another checkpoint")
+    return _from_version_1(state) if version == 1 else state
 
 
-def check_fits(state: Mapping[str, Any], schedule: Schedule, layers: Mapping[str, FrozenWeight]) -> None:
+def check_fits(
+    state: Mapping[str, Any], options: Options, schedule: Schedule, layers: Mapping[str, FrozenWeight]
+) -> None:
     """Refuse a state that belongs to another run.
 
     Args:
-        state: A state that :func:`check` lets through.
-        schedule: The schedule of the run that resumes.
+        state: What :func:`check` returns.
+        options: The options of the run that resumes.
+        schedule: Its schedule.
         layers: Its layers by name.
 
     Raises:
         ValueError: Something differs; the message names each difference.
     """
-    lines = _differences(state, schedule, layers)
+    lines = options.differences(state["options"]) + _differences(state, schedule, layers)
     _refuse(lines, "does not fit this run", "with the settings that it was written with")
 
 
@@ -82,8 +85,17 @@ def _refuse(lines: list[str], what: str, remedy: str) -> None:
         )
 
 
-def _damages(state: Any) -> list[str]:
-    """What is missing from a checkpoint's state, or of another type than this class writes, a line each."""
+def _from_version_1(state: Mapping[str, Any]) -> dict[str, Any]:
+    layers = {}
+    for name, layer in state["layers"].items():
+        grid = {"kind": "power_of_two", "n1": layer["n1"], "bits": layer["bits"], "underflow": layer["underflow"]}
+        layers[name] = {key: value for key, value in layer.items() if key != "n1"}
+        layers[name]["grid"] = grid if layer["frozen"] else None
+    return {**state, "version": VERSION, "options": {}, "layers": layers}
+
+
+def _damages(state: Any, version: int) -> list[str]:
+    """What is missing from a checkpoint's state, or of another type than was written, a line each."""
 
     def wrong(where: str, fields: Any, kinds: Mapping[str, Any]) -> list[str]:
         if not isinstance(fields, dict):
@@ -94,11 +106,11 @@ def _damages(state: Any) -> list[str]:
                 lines.append(f"{where}{': ' if where else ''}{key} is of type {type(fields[key]).__name__}")
         return lines
 
-    lines = wrong("", state, _STATE)
+    lines = wrong("", state, _STATE | _STATE_OF[version])
     if lines:
         return lines
     for name, layer in state["layers"].items():
-        lines += wrong(name, layer, _LAYER_STATE)
+        lines += wrong(name, layer, _LAYER | _LAYER_OF[version])
     try:
         phases = len(Schedule(**state["schedule"]).portions)
     except (TypeError, ValueError) as error:

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from inq_lightning._common import import_extra
-from inq_lightning.grid import check_bits
+from inq_lightning.grid.power_of_two import check_bits
 
 _CHUNK = 1 << 17  # codes at a time: intermediate results stay in the cache, and torch starts no threads for them
 _ONES = 0x0101010101010101  # the lowest bit of each of the eight bytes of a word

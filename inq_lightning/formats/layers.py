@@ -3,78 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from inq_lightning.core.layer import Layer, named_weights, plain_name
 from inq_lightning.core.selection import select_parameters
-from inq_lightning.grid import MAX_BITS, MIN_BITS, PowerOfTwoGrid, exponent_range
-
-_PART = 1 << 16  # weights at a time: intermediate results stay in the cache
-
-
-class LayerGrid(Protocol):
-    """What is read of a record of `INQCallback.layers`."""
-
-    @property
-    def name(self) -> str:
-        """Name of the parameter."""
-
-    @property
-    def bits(self) -> int:
-        """Code length of one weight."""
-
-    @property
-    def n1(self) -> int | None:
-        """Exponent of the largest level."""
+from inq_lightning.grid import Grid, PowerOfTwoGrid, fit_grid
+from inq_lightning.grid.recognize import holds
 
 
-def fit_grid(weight: Tensor) -> PowerOfTwoGrid | None:
-    """Find the grid of fewest bits that holds every weight exactly.
-
-    Args:
-        weight: Floating-point weights of any shape.
-
-    Returns:
-        The grid, or None where a weight is neither zero nor a power of two, or where they span too many exponents, for
-        8 bits or for a grid that their dtype holds.
-    """
-    mantissa, exponent = torch.frexp(weight.detach())
-    nonzero = weight != 0
-    if not bool(nonzero.any()):
-        return PowerOfTwoGrid(None, MIN_BITS)
-    if not bool((mantissa[nonzero].abs() == 0.5).all()):  # inf and nan have another mantissa
-        return None
-    exponents = exponent[nonzero]
-    n1, n2 = int(exponents.max()) - 1, int(exponents.min()) - 1
-    bits = max(MIN_BITS, 2 + (n1 - n2).bit_length())
-    lowest, highest = exponent_range(weight.dtype)
-    n1 = max(n1, lowest - 1 + (1 << bits - 2))  # no level below what the dtype holds
-    return PowerOfTwoGrid(n1, bits) if bits <= MAX_BITS and lowest <= n2 and n1 <= highest else None
-
-
-def holds(grid: PowerOfTwoGrid, weight: Tensor) -> bool:
-    """Whether every weight is a level of the grid."""
-    return all(bool(torch.isfinite(part).all()) and torch.equal(grid.round(part), part) for part in _parts(weight))
-
-
-def encode(grid: PowerOfTwoGrid, weight: Tensor) -> Tensor:
-    """Contiguous codes of a large weight, as `PowerOfTwoGrid.encode` returns them, in little memory."""
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    for target, part in zip(_parts(codes), _parts(weight), strict=True):
-        target.copy_(grid.encode(part))
-    return codes
-
-
-def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
-    """A tensor's elements in the order of their indices, by the cacheful."""
-    return torch.split(tensor.detach().reshape(-1), _PART)
-
-
-def find_grids(
-    model: nn.Module, layers: Iterable[LayerGrid] | None = None, allow_partial: bool = False
-) -> dict[str, PowerOfTwoGrid]:
+def find_grids(model: nn.Module, layers: Iterable[Layer] | None = None, allow_partial: bool = False) -> dict[str, Grid]:
     """Find the grid of every quantized parameter of a trained network.
 
     Args:
@@ -96,8 +35,8 @@ def find_grids(
 
 
 def candidate_grids(
-    source: nn.Module | Mapping[str, Tensor], layers: Iterable[LayerGrid] | None = None
-) -> dict[str, PowerOfTwoGrid | None]:
+    source: nn.Module | Mapping[str, Tensor], layers: Iterable[Layer] | None = None
+) -> dict[str, Grid | None]:
     """Find the grids of all parameters that are, or could have been, quantized.
 
     Args:
@@ -112,8 +51,11 @@ def candidate_grids(
     Raises:
         ValueError: ``layers`` names parameters that ``source`` lacks.
     """
-    named = source.named_parameters(remove_duplicate=False) if isinstance(source, nn.Module) else source.items()
-    tensors: dict[str, Tensor] = {name.replace("_orig_mod.", ""): tensor for name, tensor in named}
+    tensors: dict[str, Tensor] = (
+        dict(named_weights(source))
+        if isinstance(source, nn.Module)
+        else {plain_name(name): tensor for name, tensor in source.items()}
+    )
     if layers is not None:
         records = {layer.name: layer for layer in layers}
         unknown = [name for name in records if name not in tensors]
@@ -122,7 +64,7 @@ def candidate_grids(
                 f"layers names {', '.join(unknown)}, which the module lacks; pass the module that was trained, not a "
                 "part of it, or leave out layers"
             )
-        given = {name: PowerOfTwoGrid(record.n1, record.bits) for name, record in records.items()}
+        given = {name: record.grid or PowerOfTwoGrid(None, record.bits) for name, record in records.items()}
         return {name: grid if holds(grid, tensors[name]) else None for name, grid in given.items()}
     if isinstance(source, nn.Module):
         required, optional = _selected(source)
@@ -132,7 +74,7 @@ def candidate_grids(
     return {name: grid for name, grid in fitted.items() if name in required or grid is not None}
 
 
-def check_complete(grids: Mapping[str, PowerOfTwoGrid | None], allow_partial: bool = False) -> None:
+def check_complete(grids: Mapping[str, Grid | None], allow_partial: bool = False) -> None:
     """Refuse a network that is not fully quantized, unless ``allow_partial``.
 
     Raises:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from inq_lightning._common import one_of
+from inq_lightning.grid.base import WHOLE, Reduction
 
 Underflow = Literal["nearest", "truncate"]
 Exponent = Literal["max", "mse"]
@@ -25,26 +28,6 @@ def check_bits(bits: int) -> None:
         raise ValueError(f"bits must be an integer from {MIN_BITS} to {MAX_BITS}, got {bits!r}")
 
 
-def check_underflow(underflow: str) -> None:
-    """Refuse an unknown rule for small weights.
-
-    Raises:
-        ValueError: ``underflow`` is neither ``"nearest"`` nor ``"truncate"``.
-    """
-    if underflow not in get_args(Underflow):
-        raise ValueError(f"underflow must be one of {', '.join(get_args(Underflow))}, got {underflow!r}")
-
-
-def check_exponent(exponent: str) -> None:
-    """Refuse an unknown rule for n1.
-
-    Raises:
-        ValueError: ``exponent`` is neither ``"max"`` nor ``"mse"``.
-    """
-    if exponent not in get_args(Exponent):
-        raise ValueError(f"exponent must be one of {', '.join(get_args(Exponent))}, got {exponent!r}")
-
-
 @dataclass(frozen=True)
 class PowerOfTwoGrid:
     """The values 0 and ±2^k for n2 ≤ k ≤ n1 of one tensor (Zhou et al., ICLR 2017, section 2.1).
@@ -56,7 +39,7 @@ class PowerOfTwoGrid:
             ``"truncate"`` sends all of them to zero (the paper's text).
 
     Raises:
-        ValueError: ``bits`` or ``underflow`` is none of the allowed values.
+        ValueError: ``n1``, ``bits`` or ``underflow`` is none of the allowed values.
     """
 
     n1: int | None
@@ -64,32 +47,43 @@ class PowerOfTwoGrid:
     underflow: Underflow = "nearest"
 
     def __post_init__(self) -> None:
+        if self.n1 is not None and type(self.n1) is not int:
+            raise ValueError(f"n1 must be a whole number or None, got {self.n1!r}")
         check_bits(self.bits)
-        check_underflow(self.underflow)
+        one_of("underflow", self.underflow, Underflow)
 
     @classmethod
     def from_weights(
-        cls, w: Tensor, bits: int = 5, underflow: Underflow = "nearest", exponent: Exponent = "max"
+        cls,
+        w: Tensor,
+        bits: int = 5,
+        underflow: Underflow = "nearest",
+        exponent: Exponent = "max",
+        reduce: Reduction = WHOLE,
     ) -> PowerOfTwoGrid:
         """Fit the grid to the weights.
 
         Args:
-            w: Weights of any shape, floating point.
+            w: Weights of any shape, floating point; of a sharded tensor, the local piece.
             bits: Code length of one weight.
             underflow: See the class.
             exponent: How n1 is chosen. ``"max"``: by the largest weight, n1 = floor(log2(4·max|w| / 3)) (equation 2),
                 computed exactly. ``"mse"``: that one or a lower one, whichever rounds the weights with the least
                 squared error; the few weights beyond it saturate.
+            reduce: How what is found in the local piece becomes what holds for all shards.
 
         Raises:
-            ValueError: ``w`` is not finite, its dtype cannot hold the grid exactly, or ``exponent`` is unknown.
+            ValueError: ``w`` is not finite, its dtype cannot hold the grid exactly, or ``exponent`` is unknown; the
+                same in every process that holds a shard.
         """
-        check_exponent(exponent)
+        one_of("exponent", exponent, Exponent)
         check_floating(w)
-        grid = cls.from_max(w.abs().max().item() if w.numel() else 0.0, w.dtype, bits, underflow)
+        grid = cls.from_max(largest_magnitude(w, reduce), w.dtype, bits, underflow)
         if exponent == "max":
             return grid
-        return min(grid.lower(w.dtype), key=lambda g: g.squared_error(w))
+        grids = grid.lower(w.dtype)
+        errors = torch.tensor([g.squared_error(w) for g in grids], dtype=torch.float64, device=w.device)
+        return grids[int(reduce.sum(errors).argmin())]
 
     @classmethod
     def from_max(cls, s: float, dtype: torch.dtype, bits: int = 5, underflow: Underflow = "nearest") -> PowerOfTwoGrid:
@@ -98,8 +92,7 @@ class PowerOfTwoGrid:
         Raises:
             ValueError: ``s`` is not finite, or ``dtype`` cannot hold the grid exactly.
         """
-        if not math.isfinite(s):
-            raise ValueError("the weights contain nan or inf; quantize a network whose training has not diverged")
+        check_finite(s)
         if s == 0:
             return cls(None, bits, underflow)
         m, e = math.frexp(s)  # s = m·2^e with m in [0.5, 1), so 4s/3 is at least 2^e exactly when m ≥ 3/4
@@ -129,10 +122,26 @@ class PowerOfTwoGrid:
         return 1 << (self.bits - 2)
 
     @property
+    def codes(self) -> range:
+        """All codes: 0 for zero, ±k for ±2^(n2 + k - 1)."""
+        largest = 0 if self.n1 is None else self.magnitudes
+        return range(-largest, largest + 1)
+
+    @property
+    def step(self) -> int:
+        """Exponent of the unit, n2: every level is an integer times 2^n2; 0 for a grid of zeros."""
+        return 0 if self.n2 is None else self.n2
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """bfloat16, in which powers of two are exact, unless the grid leaves its normal numbers; then float64."""
+        normal = self.n1 is None or self.n2 is None or (self.n2 >= -126 and self.n1 <= 127)
+        return torch.bfloat16 if normal else torch.float64
+
+    @property
     def levels(self) -> Tensor:
         """All values of the grid, ascending: float64, exact, shape (2·magnitudes + 1,); (1,) for a grid of zeros."""
-        codes = torch.arange(-self.magnitudes, self.magnitudes + 1)
-        return self.decode(codes if self.n1 is not None else codes[:0].new_zeros(1), torch.float64)
+        return self.decode(torch.tensor(self.codes), torch.float64)
 
     def check_dtype(self, dtype: torch.dtype) -> None:
         """Refuse a dtype that cannot hold every level exactly.
@@ -210,14 +219,41 @@ class PowerOfTwoGrid:
             ValueError: A code lies outside the grid, or ``dtype`` cannot hold the grid exactly.
         """
         self.check_dtype(dtype)
-        highest = 0 if self.n1 is None else self.magnitudes
-        if codes.numel() and (codes.max() > highest or codes.min() < -highest):
-            raise ValueError(f"codes of this {self.bits}-bit grid go from {-highest} to {highest}")
+        lowest, highest = self.codes[0], self.codes[-1]
+        if codes.numel() and (codes.max() > highest or codes.min() < lowest):
+            raise ValueError(f"codes of this {self.bits}-bit grid go from {lowest} to {highest}")
         positive = [] if self.n2 is None else [math.ldexp(1.0, self.n2 + k) for k in range(self.magnitudes)]
         # Indexed by the code itself: a negative code counts from the end.
         table = torch.tensor([0.0, *positive, *(-p for p in reversed(positive))], dtype=torch.float64)
         values = torch.empty_like(codes, dtype=dtype)
         return values.copy_(table.to(codes.device, dtype)[codes.int()])
+
+    def multiples(self, codes: Tensor) -> Tensor:
+        """The integers that codes stand for in units of 2^step: 0, ±1, ±2, ±4 …; float64, which holds all exactly."""
+        return torch.ldexp(codes.sign().double(), codes.abs() - 1)
+
+    def spec(self) -> dict[str, Any]:
+        """The grid as plain JSON values; :func:`~inq_lightning.grid.from_spec` makes it again."""
+        return {"kind": "power_of_two", **asdict(self)}
+
+
+def largest_magnitude(w: Tensor, reduce: Reduction = WHOLE) -> float:
+    """The largest |w| of all shards; inf where there is nan or inf."""
+    largest = w.abs().max().double() if w.numel() else w.new_zeros((), dtype=torch.float64)
+    return float(reduce.max(largest.nan_to_num(nan=torch.inf, posinf=torch.inf)))
+
+
+def check_finite(s: float) -> None:
+    """Refuse weights whose largest magnitude ``s`` is not finite.
+
+    Raises:
+        ValueError: It is nan or inf.
+    """
+    if not math.isfinite(s):
+        raise ValueError(
+            "the weights contain nan or inf; quantize a network whose training has not diverged, or go back to a "
+            "checkpoint from before it did, and lower the learning rate"
+        )
 
 
 def check_floating(w: Tensor) -> None:

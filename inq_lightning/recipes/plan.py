@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -18,11 +19,11 @@ from typing import Any
 import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning import LightningModule
 
 from inq_lightning._common import import_extra
 from inq_lightning.core.plan import Plan
-from inq_lightning.core.schedule import Schedule
+from inq_lightning.core.schedule import Length, Schedule
 from inq_lightning.frontends.lightning import clock
 from inq_lightning.frontends.lightning.callback import INQCallback
 from inq_lightning.recipes.train import accept_json, choose_output, load_checkpoint, load_weights, plan_epochs
@@ -62,7 +63,7 @@ def make_plan(cfg: DictConfig) -> Plan:
     if cfg.resume:
         raise ValueError("inq-plan plans a run from its beginning; leave out resume=true")
     callback: INQCallback = instantiate(cfg.inq)
-    plan_epochs(cfg, callback.schedule)
+    plan_epochs(cfg, callback.options.phases)
     net = cfg.model.get("net") or {}
     for key, value in DOWNLOADS.get(net.get("_target_", ""), {}).items():
         net[key] = value
@@ -70,21 +71,15 @@ def make_plan(cfg: DictConfig) -> Plan:
     if cfg.ckpt is not None:
         checkpoint = load_checkpoint(cfg)
         load_weights(module, checkpoint.get("state_dict", checkpoint), cfg)
-    return Plan.of(module, callback.select(module), fit_schedule(cfg, callback.schedule), callback.keep_zeros)
+    return callback.quantizer.plan(module, length(cfg, callback.options.phases))
 
 
-def fit_schedule(cfg: DictConfig, schedule: Schedule) -> Schedule:
-    """The schedule as the callback will fit it to the run; still open where that takes the number of batches.
-
-    Raises:
-        ValueError: The run is too short for it.
-    """
-    limits = cfg.trainer.max_epochs, cfg.trainer.max_steps
-    if schedule.starts is None and limits[0] is not None and (schedule.unit == "step" or limits[1] != -1):
-        return schedule
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = Trainer(max_epochs=limits[0], max_steps=limits[1], accelerator="cpu", **quiet)  # type: ignore[arg-type]
-    return clock.fit_schedule(schedule, trainer, origin=0)
+def length(cfg: DictConfig, schedule: Schedule) -> Length | None:
+    """How long the run is; None where an open schedule stays open, since spreading it takes the number of batches."""
+    epochs, steps = clock.limit(cfg.trainer.max_epochs), clock.limit(cfg.trainer.max_steps)
+    if schedule.starts is None and math.isfinite(epochs) and (schedule.unit == "step" or math.isfinite(steps)):
+        return None
+    return Length(epochs, steps)
 
 
 if __name__ == "__main__":

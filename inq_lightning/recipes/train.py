@@ -82,7 +82,7 @@ def main(cfg: DictConfig) -> None:
     checkpoint = load_checkpoint(cfg)
     data: LightningDataModule = instantiate(cfg.data)
     callback: INQCallback = instantiate(cfg.inq)
-    plan_epochs(cfg, callback.schedule)
+    plan_epochs(cfg, callback.options.phases)
 
     interrupted = checkpoint.get("callbacks", {}) if cfg.resume else {}
     quantizing = "INQCallback" in interrupted
@@ -131,7 +131,7 @@ def choose_output(cfg: DictConfig) -> None:
 def pack(module: LightningModule, callback: INQCallback, path: Path) -> None:
     """Write the artifact, unless the module's state is of a kind that it cannot hold, such as sharded weights."""
     try:
-        save_packed(module, path, layers=callback.layers, schedule=callback.schedule)
+        save_packed(module, path, layers=callback.layers, schedule=callback.options.phases)
     except ValueError as error:
         logging.getLogger(__name__).warning("%s was not written: %s", path.name, error)
 

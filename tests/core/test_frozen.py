@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from oracle import fit, fractions, identical, raw, round_all
 from torch import Tensor, nn
 
-from inq_lightning.core.frozen import _CHUNK, FrozenWeight, pack_mask, unpack_mask
+from inq_lightning.core.frozen import FrozenWeight, pack_mask, unpack_mask
 from inq_lightning.core.partition import scores, select
 from inq_lightning.grid import PowerOfTwoGrid
+from inq_lightning.kernels.reference import _CHUNK
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PORTIONS = (0.3, 0.6, 0.85, 1.0)

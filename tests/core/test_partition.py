@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from inq_lightning.core import sharding
 from inq_lightning.core.frozen import FrozenWeight
-from inq_lightning.core.partition import check_partition, scores, select
+from inq_lightning.core.partition import scores, select
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -157,10 +157,9 @@ def test_memory_formats_do_not_change_which_weights_freeze(partition: str, layou
 
 @pytest.mark.parametrize("partition", ["largest", "", None])
 def test_an_unknown_partition_is_refused_by_name(partition: object) -> None:
-    for call in (check_partition, lambda p: scores(torch.ones(1), p)):
-        with pytest.raises(ValueError, match="magnitude, random") as error:
-            call(partition)
-        assert repr(partition) in str(error.value)
+    with pytest.raises(ValueError, match="magnitude, random") as error:
+        scores(torch.ones(1), partition)
+    assert repr(partition) in str(error.value)
 
 
 # Sharded tensors: real processes, compared with one process that has the whole tensor.

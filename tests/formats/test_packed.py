@@ -108,7 +108,9 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def test_every_layer_type_comes_back_from_a_trained_checkpoint(tmp_path: Path, bits: int, entropy_coded: bool) -> None:
     module, callback, checkpoint = train(bits, tmp_path)
     path = tmp_path / "network.safetensors"
-    saved = save_packed(module, path, layers=callback.layers, entropy_coded=entropy_coded, schedule=callback.schedule)
+    saved = save_packed(
+        module, path, layers=callback.layers, entropy_coded=entropy_coded, schedule=callback.options.phases
+    )
     assert saved.off_grid == []
     assert saved.weights == sum(layer.numel for layer in callback.layers)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from oracle import fit, fractions, identical, levels, power, raw, round_all, smallest_exponent
 from torch import Tensor
 
-from inq_lightning.grid import PowerOfTwoGrid, exponent_range
+from inq_lightning.grid.power_of_two import PowerOfTwoGrid, exponent_range
 
 BITS = range(2, 9)
 UNDERFLOWS = ("nearest", "truncate")

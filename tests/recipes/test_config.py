@@ -167,8 +167,8 @@ def test_every_preset_is_an_option_of_the_schedule() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_gives_its_portions_whatever_the_bits(preset: str) -> None:
     callback = instantiate(configure(f"inq/schedule={preset}", "inq.bits=3").inq)
-    assert callback.schedule == Schedule(PRESETS[preset])
-    assert callback.bits == 3
+    assert callback.options.phases == Schedule(PRESETS[preset])
+    assert callback.options.bits == 3
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -204,8 +204,8 @@ def test_another_application_can_use_the_groups(tmp_path: Path) -> None:
         cfg = compose("app", overrides=["inq/schedule=vgg16", "inq.bits=4"])
     callback = instantiate(cfg.inq)
     assert isinstance(callback, INQCallback)
-    assert callback.bits == 4
-    assert callback.schedule == Schedule(PRESETS["vgg16"])
+    assert callback.options.bits == 4
+    assert callback.options.phases == Schedule(PRESETS["vgg16"])
 
 
 # ---- structured configs and what they configure ----------------------------------------------------------------------

@@ -65,7 +65,7 @@ def check_optimizers(trainer: Trainer) -> None:
             )
 
 
-def order_callbacks(trainer: Trainer, schedule: Schedule, origin: int) -> None:
+def hold_until_complete(trainer: Trainer, schedule: Schedule, origin: int) -> None:
     """Let nothing stop or average before the last portion has begun.
 
     Args:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,9 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import nn
 
 from inq_lightning.core import sharding
-from inq_lightning.frontends.lightning.callback import INQCallback, LayerInfo, _Callback
+from inq_lightning.core.layer import Layer, named_weights, plain_name
+from inq_lightning.frontends.lightning.base import Callback
+from inq_lightning.frontends.lightning.callback import INQCallback
 from inq_lightning.report import plots
 from inq_lightning.report.metrics import BitsPerWeight
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 _FIRST = ("inq/bits", "inq/exponent", "inq/partition", "inq/portions", "lr", "learning_rate")
 
 
-class INQMonitor(_Callback):
+class INQMonitor(Callback):
     """Shows loggers how the quantization goes; put it beside an :class:`~inq_lightning.INQCallback`.
 
     At the beginning of each phase, and at the end as far as something has changed, each logger gets what it can take:
@@ -162,7 +164,7 @@ class INQMonitor(_Callback):
         layers = _exponents(pl_module, inq)
         if not layers or not trainer.is_global_zero:
             return
-        title = f"phase {inq.phase} of {len(inq.schedule.portions)}, {inq.quantized_fraction:.1%} frozen"
+        title = f"phase {inq.phase} of {len(inq.options.phases.portions)}, {inq.quantized_fraction:.1%} frozen"
         for logger in _loggers(trainer, "TensorBoardLogger"):
             for name, layer in layers.items():
                 _add_histogram(logger, f"inq_exponents/{name}/frozen", layer.frozen, trainer.global_step)
@@ -251,7 +253,7 @@ def _metrics(trainer: Trainer, stage: str) -> dict[str, float]:
 def _exponents(pl_module: LightningModule, inq: INQCallback) -> dict[str, plots.Exponents]:
     """Count all quantized layers' weights; for sharded parameters it is a collective call."""
     sharding.reshard(pl_module)
-    parameters = {n.replace("_orig_mod.", ""): p for n, p in pl_module.named_parameters(remove_duplicate=False)}
+    parameters = dict(named_weights(pl_module))
     counted = {}
     for layer in inq.layers:
         parameter = parameters[layer.name]
@@ -260,20 +262,18 @@ def _exponents(pl_module: LightningModule, inq: INQCallback) -> dict[str, plots.
     return counted
 
 
-def size_of(module: nn.Module, layers: Iterable[LayerInfo]) -> BitsPerWeight:
+def size_of(module: nn.Module, layers: Iterable[Layer]) -> BitsPerWeight:
     """Measure all parameters, those of ``layers`` at their bits a weight; the metric's ``bits`` is their sum."""
     widths = {layer.name: layer.bits for layer in layers}
     size = BitsPerWeight()
     for name, parameter in module.named_parameters():
-        size.update(parameter.detach(), widths.get(name.replace("_orig_mod.", "")))
+        size.update(parameter.detach(), widths.get(plain_name(name)))
     return size
 
 
 def _settings(inq: INQCallback) -> dict[str, Any]:
     """INQCallback's arguments as hyper-parameters."""
-    settings = {name: getattr(inq, name) for name in inspect.signature(INQCallback).parameters if name != "schedule"}
-    schedule = {"portions": inq.schedule.portions, "starts": inq.schedule.starts, "unit": inq.schedule.unit}
-    return {f"inq/{name}": value for name, value in _flat(settings | schedule).items()}
+    return {f"inq/{name}": value for name, value in _flat(inq.options.as_dict() | asdict(inq.options.phases)).items()}
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class INQProgressBar(RichProgressBar):
         inq = next((callback for callback in callbacks if isinstance(callback, INQCallback)), None)
         if self.progress is None or self.is_disabled or inq is None:
             return
-        timetable, origin = inq._timetable, inq._origin
+        timetable, origin = inq.quantizer.timetable, inq.quantizer.origin
         if timetable.starts is None:
             return
         if timetable.unit == "step":

@@ -129,6 +129,14 @@ def assert_refused(path: Path, callback: INQCallback, *messages: str, **options:
             ],
         ),
         ({"schedule": Schedule([0.5, 0.75, 0.875, 1.0], [0, 1, 2, 3], "step")}, ["unit: epoch in the checkpoint"]),
+        ({"partition": "random"}, ["partition: 'magnitude' in the checkpoint, 'random' here"]),
+        ({"partition": "random", "seed": 5}, ["partition: ", "seed: 0 in the checkpoint, 5 here"]),
+        ({"exponent": "mse"}, ["exponent: 'max' in the checkpoint, 'mse' here"]),
+        ({"include": ["net.*"]}, ["include: None in the checkpoint, ['net.*'] here"]),
+        ({"embeddings": True}, ["embeddings: False in the checkpoint, True here"]),
+        ({"keep_zeros": True}, ["keep_zeros: False in the checkpoint, True here"]),
+        ({"restart_lr": False}, ["restart_lr: True in the checkpoint, False here"]),
+        ({"reset_optimizer": True}, ["reset_optimizer: False in the checkpoint, True here"]),
         (
             {"bits": 3, "underflow": "truncate", "exclude": ["net.0"], "schedule": {0: 1.0}},
             ["schedule portions", "net.0.weight: quantized", "net.3.weight: bits", "net.3.weight: underflow"],
@@ -140,6 +148,12 @@ def test_a_checkpoint_of_other_settings_is_refused_and_every_difference_named(
     saved: Path, arguments: dict[str, Any], messages: list[str]
 ) -> None:
     assert_refused(saved / "step=6.ckpt", INQCallback(**({"schedule": SCHEDULE} | arguments)), *messages)
+
+
+def test_what_is_logged_may_differ_in_a_resumed_run(saved: Path) -> None:
+    callback = INQCallback(schedule=SCHEDULE, log_per_layer=True)
+    trainer(callback).fit(TinyModule(), ckpt_path=saved / "step=6.ckpt")
+    assert callback.quantized_fraction == 1.0
 
 
 def damaged(saved: Path, folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
@@ -159,7 +173,7 @@ def layer(state: dict[str, Any]) -> dict[str, Any]:
 
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "a later version": (lambda s: s.update(version=2), "version 2, this release reads version 1"),
+    "a later version": (lambda s: s.update(version=3), "version 3, this release reads versions 1 to 2"),
     "no version": (lambda s: s.__delitem__("version"), "version None"),
     "no dict": (lambda s: [1, 2], "it is a list, not a dict"),
     "text": (lambda s: "INQ", "it is a str, not a dict"),
@@ -174,7 +188,11 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "layer of another type": (lambda s: s["layers"].update({"net.3.weight": 5}), "net.3.weight is a int, not a dict"),
     "no mask": (lambda s: layer(s).__delitem__("mask"), "net.3.weight: mask is missing"),
     "mask of another type": (lambda s: layer(s).update(mask=[1]), "net.3.weight: mask is of type list"),
-    "exponent of another type": (lambda s: layer(s).update(n1="0"), "net.3.weight: n1 is of type str"),
+    "no options": (lambda s: s.__delitem__("options"), "options is missing"),
+    "grid of another type": (lambda s: layer(s).update(grid="0"), "net.3.weight: grid is of type str"),
+    "unknown kind of grid": (lambda s: layer(s)["grid"].update(kind="apot"), "net.3.weight: the kind of a grid must"),
+    "unknown field of a grid": (lambda s: layer(s)["grid"].update(n3=0), "net.3.weight: {"),
+    "exponent of another type": (lambda s: layer(s)["grid"].update(n1="0"), "net.3.weight: n1 must be a whole number"),
     "count of another type": (lambda s: layer(s).update(frozen=2.0), "net.3.weight: frozen is of type float"),
     "other shape": (lambda s: layer(s).update(shape=[14, 4]), "net.3.weight: shape [14, 4] in the checkpoint"),
     "other layer": (lambda s: s["layers"].update({"net.9.weight": layer(s)}), "net.9.weight: quantized in the"),
@@ -185,8 +203,8 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "7 weights that the saved state calls frozen are not on its grid",
     ),
     "other count": (lambda s: layer(s).update(frozen=3), "net.3.weight: the saved mask has 42 weights, not 3"),
-    "other exponent": (lambda s: layer(s).update(n1=-9), "net.3.weight: 42 weights that"),
-    "no exponent": (lambda s: layer(s).update(n1=None), "net.3.weight: 42 weights that"),
+    "other exponent": (lambda s: layer(s)["grid"].update(n1=-9), "net.3.weight: 42 weights that"),
+    "no exponent": (lambda s: layer(s)["grid"].update(n1=None), "net.3.weight: 42 weights that"),
 }
 
 

@@ -219,8 +219,8 @@ trainer:
 def test_a_yaml_file_configures_the_callback(schedule: str, expected: Schedule, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(YAML.replace("SCHEDULE", schedule))
-    callback = cli("--config", str(file), "--trainer.enable_progress_bar=true")
-    assert (callback.bits, callback.layer_bits, callback.schedule) == (3, {"net.0": 8}, expected)
+    options = cli("--config", str(file), "--trainer.enable_progress_bar=true").options
+    assert (options.bits, options.layer_bits, options.phases) == (3, {"net.0": 8}, expected)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,3 @@
+"""The version of the package, read by all who name it."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,138 @@
+"""Everything that a user can say about a quantization: one record, checked once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields
+from typing import Any, Concatenate, ParamSpec, TypeAlias, get_type_hints
+
+from inq_lightning._common import one_of
+from inq_lightning.core.partition import Partition
+from inq_lightning.core.schedule import Schedule, default_preset
+from inq_lightning.core.selection import check_patterns
+from inq_lightning.grid import Exponent, Underflow
+from inq_lightning.grid.power_of_two import check_bits
+
+P = ParamSpec("P")
+ScheduleLike: TypeAlias = Schedule | Mapping[int, float] | str | None
+
+#: Options that change only what is logged: a run may resume with others.
+_SHOWN = {"log_per_layer"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Arguments of :class:`~inq_lightning.INQCallback` and of every other front end.
+
+    Attributes:
+        bits: Code length of one weight, 2 to 8: 2^(bits-2) magnitudes, their signs and zero.
+        schedule: When the quantized portion rises, and to what: a :class:`~inq_lightning.Schedule`, a mapping epoch →
+            portion such as ``{0: 0.5, 4: 0.75, 8: 0.875, 12: 1.0}``, or the name of a preset. Left out: the paper's
+            portions for ``bits``, spread evenly over the run. Epochs count from where INQ began.
+        partition: Which free weights freeze first: ``"magnitude"`` (the largest) or ``"random"``.
+        underflow: What becomes of weights below the smallest level: ``"nearest"`` or ``"truncate"``, see
+            :class:`~inq_lightning.grid.PowerOfTwoGrid`.
+        exponent: How each layer's grid is fitted when its first weights freeze: ``"max"``, by the largest weight (the
+            paper's equation 2), or ``"mse"``, by the least squared error, which 2 and 3 bits need; see
+            :meth:`~inq_lightning.grid.PowerOfTwoGrid.from_weights`.
+        include: Quantize only parameters that match one of these patterns, see
+            :func:`~inq_lightning.select_parameters`.
+        exclude: Leave out parameters that match one of these patterns.
+        layer_bits: Bit widths for what matches a pattern, for instance ``{"net.conv1": 8, "net.fc": 8}``.
+        embeddings: Whether to quantize embedding tables too.
+        keep_zeros: Freeze the weights that are exactly zero when INQ begins, at zero, for pruned networks (the paper's
+            section 3.5); portions then count the others. Weights under :mod:`torch.nn.utils.prune` are quantized in
+            place, as ``weight_orig``.
+        restart_lr: Put learning rates and their schedulers back to where they began, at each phase.
+        reset_optimizer: Forget the optimizers' state (momentum, second moments) at each phase.
+        log_per_layer: Log each layer's quantized fraction too.
+        seed: Seed of the random partition.
+        phases: The schedule that ``schedule`` stands for; not an argument.
+
+    Raises:
+        ValueError: An option is none of the allowed values; the message names it.
+    """
+
+    bits: int = 5
+    schedule: ScheduleLike = None
+    _: KW_ONLY
+    partition: Partition = "magnitude"
+    underflow: Underflow = "nearest"
+    exponent: Exponent = "max"
+    include: Sequence[str] | None = None
+    exclude: Sequence[str] = ()
+    layer_bits: Mapping[str, int] | None = None
+    embeddings: bool = False
+    keep_zeros: bool = False
+    restart_lr: bool = True
+    reset_optimizer: bool = False
+    log_per_layer: bool = False
+    seed: int = 0
+    phases: Schedule = field(init=False)
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        for option in fields(self):
+            value = getattr(self, option.name, None)
+            if option.type == "bool" and not isinstance(value, bool):
+                raise ValueError(f"{option.name} must be True or False, got {value!r}")
+        one_of("partition", self.partition, Partition)
+        one_of("underflow", self.underflow, Underflow)
+        one_of("exponent", self.exponent, Exponent)
+        for name in ("include", "exclude", "layer_bits"):
+            check_patterns(name, getattr(self, name))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 31:
+            raise ValueError(f"seed must be a whole number from 0 to {(1 << 31) - 1}, got {self.seed!r}")
+        object.__setattr__(self, "exclude", self.exclude or ())
+        object.__setattr__(self, "phases", _as_schedule(self.schedule, self.bits))
+
+    def as_dict(self) -> dict[str, Any]:
+        """All options but the schedule as plain JSON values."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("schedule", "phases")}
+        for name, plain in (("include", list), ("exclude", list), ("layer_bits", dict)):
+            if values[name] is not None:
+                values[name] = plain(values[name])
+        return values
+
+    def differences(self, saved: Mapping[str, Any]) -> list[str]:
+        """What another run's :meth:`as_dict` has otherwise, a line each; options that it lacks do not count."""
+        here = self.as_dict()
+        return [
+            f"{name}: {saved[name]!r} in the checkpoint, {value!r} here"
+            for name, value in here.items()
+            if name in saved and name not in _SHOWN and _ordered(saved[name]) != _ordered(value)
+        ]
+
+
+def takes_options(target: Callable[P, Options]) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:
+    """Give an ``__init__(self, *args, **kwargs)`` the signature of ``target``, to which it passes its arguments.
+
+    So the options are listed once, and type checkers, editors and LightningCLI know them for each front end.
+    """
+
+    def decorate(init: Callable[..., None]) -> Callable[Concatenate[Any, P], None]:
+        types = get_type_hints(target)
+        options = [p.replace(annotation=types[p.name]) for p in inspect.signature(target).parameters.values()]
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        init.__signature__ = inspect.Signature([own, *options])  # type: ignore[attr-defined]
+        return init
+
+    return decorate
+
+
+def _ordered(value: Any) -> Any:
+    """The order of patterns counts, which equality of mappings overlooks."""
+    return list(value.items()) if isinstance(value, Mapping) else value
+
+
+def _as_schedule(schedule: ScheduleLike, bits: int) -> Schedule:
+    if isinstance(schedule, Schedule):
+        return schedule
+    if isinstance(schedule, Mapping):
+        return Schedule.from_mapping(schedule)
+    if schedule is not None and not isinstance(schedule, str):
+        raise ValueError(
+            f"schedule must be a Schedule, a mapping epoch → portion or the name of a preset, got {schedule!r}"
+        )
+    return Schedule.from_preset(default_preset(bits) if schedule is None else schedule)
