@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 UNLOCKED := torch triton cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nvidia-, cublas cuda-cupti cuda-nvrtc \
 	cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
 
-.PHONY: demo test lint slow bench lock clean
+.PHONY: demo test lint slow bench docs dist lock clean
 
 $(VENV)/installed: pyproject.toml constraints.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,10 +33,16 @@ slow: $(VENV)/installed  ## the long tests
 bench: $(VENV)/installed  ## what the callback costs, as ratios
 	$(BIN)/python -m benchmarks.overhead
 
+docs: $(VENV)/installed  ## the site, into site/
+	$(BIN)/mkdocs build --strict
+
+dist: $(VENV)/installed  ## what is uploaded to PyPI, into dist/
+	$(BIN)/python -m build --no-isolation
+
 lock: export UV_CUSTOM_COMPILE_COMMAND := make lock
 lock:  ## pin and hash what pyproject.toml and constraints.txt ask for; needs uv; UPGRADE=--upgrade for the newest
 	uv pip compile --quiet --universal --python-version 3.10 --extra dev --constraint constraints.txt --generate-hashes \
 		$(addprefix --no-emit-package=, $(UNLOCKED)) $(UPGRADE) --output-file requirements-dev.txt pyproject.toml
 
 clean:
-	rm -rf $(VENV) outputs multirun
+	rm -rf $(VENV) outputs multirun site dist
