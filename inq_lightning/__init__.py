@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inq_lightning._version import __version__
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from inq_lightning.frontends.lightning.progress import INQProgressBar
     from inq_lightning.grid import PowerOfTwoGrid
     from inq_lightning.runtime.modules import to_packed
+
+if not Path(__file__).with_name("conf").joinpath("__init__.py").exists():  # a checkout has conf/ beside this folder
+    __path__.append(str(Path(__file__).parents[1]))
 
 __all__ = [
     "PRESETS",
