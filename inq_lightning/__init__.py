@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inq_lightning._version import __version__
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from inq_lightning.report.inspection import inspect_file
     from inq_lightning.runtime.modules import to_packed
     from inq_lightning.runtime.torchao import to_torchao
+
+if not Path(__file__).with_name("conf").joinpath("__init__.py").exists():  # a checkout has conf/ beside this folder
+    __path__.append(str(Path(__file__).parents[1]))
 
 __all__ = [
     "INQ",
