@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from inq_lightning.core.schedule import Length, Schedule
 from inq_lightning.frontends.lightning import clock
 from inq_lightning.frontends.lightning.callback import INQCallback
 from inq_lightning.recipes.train import accept_json, choose_output, load_checkpoint, load_weights, plan_epochs
+from inq_lightning.report.tables import plan_table
 
 DOWNLOADS: dict[str, dict[str, Any]] = {  # arguments of networks that would fetch weights, which no plan needs
     "inq_lightning.recipes.models.torchvision_model": {"weights": None},
@@ -49,9 +49,9 @@ def main(cfg: DictConfig) -> None:
     choose_output(cfg)
     plan = make_plan(cfg)
     if cfg.output == "json":
-        print(json.dumps(asdict(plan)))
+        print(json.dumps(plan.as_dict()))
     else:
-        import_extra("rich.console", "train").Console().print(plan.table())
+        import_extra("rich.console", "train").Console().print(plan_table(plan))
 
 
 def make_plan(cfg: DictConfig) -> Plan:

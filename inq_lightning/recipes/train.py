@@ -17,19 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import LearningRateMonitor, ProgressBar
-from safetensors.torch import load_file
 
 from inq_lightning._common import import_extra
 from inq_lightning.core.schedule import Schedule
+from inq_lightning.formats import checkpoint as checkpoints
 from inq_lightning.formats.packed import save_packed
 from inq_lightning.frontends.lightning.callback import INQCallback
+from inq_lightning.frontends.lightning.jsonlines import JSONLines
 from inq_lightning.frontends.lightning.monitor import INQMonitor
 from inq_lightning.recipes.config import register_training
+from inq_lightning.report.run import Report, print_json
+from inq_lightning.report.tables import report_table
 
 register_training()
 
@@ -74,7 +76,6 @@ def main(cfg: DictConfig) -> None:
     """Run the configured experiment."""
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # model._target_ may name a module of the user's own, as under python -m
-    report = import_extra("inq_lightning.report.run", "train")
     choose_output(cfg)
     console = import_extra("rich.console", "train").Console(stderr=cfg.output == "json")
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
@@ -98,7 +99,7 @@ def main(cfg: DictConfig) -> None:
     if not quantizing:
         carried.metrics = test(trainer, module, data)
     trainer.fit(module, data, ckpt_path=cfg.ckpt if quantizing else None)
-    result = report.Report.of(module, callback, carried.metrics, test(trainer, module, data), carried.seconds)
+    result = Report.of(module, callback.layers, carried.metrics, test(trainer, module, data), carried.seconds)
 
     folder = Path(cfg.output_dir)
     trainer.save_checkpoint(folder / "quantized.ckpt", weights_only=False)
@@ -107,8 +108,8 @@ def main(cfg: DictConfig) -> None:
         if callback.quantized_fraction == 1:
             pack(module, callback, folder / "quantized.safetensors")
         if cfg.output == "json":
-            report.print_json(event="report", **result.as_dict(), folder=str(folder))
-        console.print(result.table())
+            print_json(event="report", **result.as_dict(), folder=str(folder))
+        console.print(report_table(result))
         console.print(f"Checkpoint, report and logs are in {folder}", soft_wrap=True, markup=False)
 
 
@@ -150,14 +151,9 @@ def load_checkpoint(cfg: DictConfig) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"ckpt={cfg.ckpt}: there is no such file")
     try:
-        if path.suffix == ".safetensors":
-            checkpoint = load_file(path)
-        else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"ckpt={cfg.ckpt} cannot be read as a checkpoint: {error}") from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"ckpt={cfg.ckpt} holds a {type(checkpoint).__name__}, not a checkpoint or a state_dict")
+        checkpoint = checkpoints.load_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(f"ckpt={error}") from error
     if cfg.resume and "callbacks" not in checkpoint:
         raise ValueError(
             f"ckpt={cfg.ckpt} holds weights only, nothing to resume; leave out resume=true to quantize them"
@@ -241,7 +237,7 @@ def build_trainer(cfg: DictConfig, trainer: DictConfig, callbacks: list[Callback
         configured = [c for c in configured if not isinstance(c, INQMonitor)]
     if cfg.output == "json":
         trainer.enable_progress_bar = False
-        configured.append(import_extra("inq_lightning.report.run", "train").JSONLines(cfg.stage))
+        configured.append(JSONLines(cfg.stage))
     if not trainer.enable_progress_bar:
         configured = [c for c in configured if not isinstance(c, ProgressBar)]
     callbacks = [*callbacks, *configured]

@@ -4,11 +4,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import record
 from torch import nn
 
 from inq_lightning import PowerOfTwoGrid
-from inq_lightning.formats.layers import candidate_grids, find_grids, fit_grid, holds
-from inq_lightning.frontends.lightning.callback import LayerInfo
+from inq_lightning.formats.layers import candidate_grids, find_grids
+from inq_lightning.grid import fit_grid
+from inq_lightning.grid.recognize import holds
 
 
 def on_grid(*shape: int, bits: int = 5) -> torch.Tensor:
@@ -67,7 +69,7 @@ def test_a_network_off_the_grid_is_refused_by_the_names_of_its_layers() -> None:
     assert list(find_grids(net, allow_partial=True)) == ["0.weight"]
     assert candidate_grids(net)["1.weight"] is None
     with pytest.raises(ValueError, match=r"names 7\.weight, which the module lacks"):
-        find_grids(net, [LayerInfo("7.weight", (4, 4), 5, 0, -7, 16, 16)])
+        find_grids(net, [record("7.weight", 5, 0)])
 
 
 def test_frozen_parameters_count_and_stay_frozen() -> None:

@@ -342,8 +342,8 @@ def test_another_version_and_other_safetensors_files_are_refused_by_what_they_ar
     safetensors.torch.save_file({"a": torch.zeros(2)}, path)
     with pytest.raises(ArtifactError, match="not one of save_packed"):
         read_packed(path)
-    safetensors.torch.save_file({"a": torch.zeros(2)}, path, {"inq_lightning": json.dumps({"version": 2})})
-    with pytest.raises(ArtifactError, match="format version 2, this release reads version 1"):
+    safetensors.torch.save_file({"a": torch.zeros(2)}, path, {"inq_lightning": json.dumps({"version": 3})})
+    with pytest.raises(ArtifactError, match="format version 3, this release reads versions 1 and 2"):
         read_packed(path)
     path.write_bytes(b"")
     with pytest.raises(ArtifactError, match="damaged"):

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from support import SCHEDULE, TinyModule, trainer
+from support import SCHEDULE, TinyModule, record, trainer
 from torch import Tensor, nn
 
 from inq_lightning import INQCallback, PowerOfTwoGrid, Schedule, select_parameters
 from inq_lightning.cli.inspect import main
+from inq_lightning.core.layer import Layer
 from inq_lightning.formats.packed import save_packed
-from inq_lightning.report.inspection import Inspection, inspect_layer
-from inq_lightning.report.readers import inspect_file
+from inq_lightning.report.inspection import Inspection, inspect_file, inspect_layer
 
 LAYERS = ("net.0.weight", "net.3.weight")
 
@@ -63,7 +63,7 @@ def assert_describes(inspection: Inspection, files: Files) -> None:
     assert [layer.name for layer in inspection.layers] == list(LAYERS)
     for layer, known in zip(inspection.layers, files.callback.layers, strict=True):
         weight = files.weights[layer.name]
-        assert (layer.name, layer.shape, layer.bits, layer.n1, layer.n2, layer.numel, layer.frozen) == known
+        assert Layer(layer.name, layer.shape, layer.bits or 0, layer.grid, layer.frozen) == known
         counts = Counter(weight.abs().flatten().tolist())
         assert layer.zeros == counts[0.0] / layer.numel
         assert list(layer.exponents) == list(range(layer.n2 or 0, (layer.n1 or 0) + 1))
@@ -183,26 +183,26 @@ def convolutional(bits: int) -> nn.Module:
     return model.eval()
 
 
-OFTEN = {(2, False), (4, False), (5, False), (4, True), (5, True)}  # one of each container
+OFTEN = {(2, "float"), (4, "float"), (5, "float"), (4, "int8"), (5, "int8")}  # one of each container
 
 
 @pytest.mark.parametrize(
-    ("bits", "speed"),
+    ("bits", "activations"),
     [
-        pytest.param(bits, speed, marks=() if (bits, speed) in OFTEN else pytest.mark.slow)
+        pytest.param(bits, activations, marks=() if (bits, activations) in OFTEN else pytest.mark.slow)
         for bits in range(2, 9)
-        for speed in (False, True)
+        for activations in ("float", "int8")
     ],
 )
-def test_an_onnx_file_holds_the_codes_of_its_network(bits: int, speed: bool, tmp_path: Path) -> None:
+def test_an_onnx_file_holds_the_codes_of_its_network(bits: int, activations: Any, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     from inq_lightning.formats.onnx import export_onnx
 
     model = convolutional(bits)
     torch.save(model.state_dict(), tmp_path / "model.pt")
     layers = INQCallback(bits).select(model)
-    records = [Record(s.name, bits, -1) for s in layers]
-    export_onnx(model, tmp_path / "model.onnx", torch.randn(2, 2, 6, 6), layers=records, speed=speed)
+    records = [record(s.name, bits, -1) for s in layers]
+    export_onnx(model, tmp_path / "model.onnx", torch.randn(2, 2, 6, 6), layers=records, activations=activations)
     inspection = inspect_file(tmp_path / "model.onnx", tmp_path / "model.pt")
     assert inspection.kind == "onnx"
     assert inspection.fully_quantized
@@ -213,11 +213,6 @@ def test_an_onnx_file_holds_the_codes_of_its_network(bits: int, speed: bool, tmp
         assert expected.snr_db == math.inf  # the codes stand for the network's weights, norm folded or not
         assert replace(layer, bytes_after=expected.bytes_after) == expected
     assert inspection.bytes_after < inspection.bytes_before
-
-
-class Record:
-    def __init__(self, name: str, bits: int, n1: int) -> None:
-        self.name, self.bits, self.n1 = name, bits, n1
 
 
 # ---- files that are something else -----------------------------------------------------------------------------------

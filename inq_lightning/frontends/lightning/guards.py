@@ -5,11 +5,13 @@ Lightning exists as two packages with the same classes, so classes are told by t
 
 from __future__ import annotations
 
-from typing import Any
-
-from pytorch_lightning import Callback, Trainer
+from typing import TYPE_CHECKING
 
 from inq_lightning.core.schedule import Schedule
+from inq_lightning.frontends.lightning.base import callbacks_of, is_a
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback, Trainer
 
 
 def check_setup(trainer: Trainer, own: Callback) -> None:
@@ -22,52 +24,50 @@ def check_setup(trainer: Trainer, own: Callback) -> None:
     Raises:
         ValueError: There is one; the message says what to use instead.
     """
-    strategy = type(trainer.strategy).__name__
-    if _is(trainer.strategy, "FSDPStrategy"):
-        raise ValueError(
-            f"{strategy} flattens the weights of several layers into one parameter, which has no grid; use FSDP2 "
-            "through ModelParallelStrategy, whose sharded parameters INQCallback knows"
-        )
-    if _is(trainer.strategy, "DeepSpeedStrategy"):
-        raise ValueError(
-            f"{strategy} overwrites the module's weights from master copies of its own, frozen ones included; use ddp, "
-            "or FSDP2 through ModelParallelStrategy"
-        )
-    if callbacks_named(trainer, "INQCallback") != [own]:
-        raise ValueError(
-            "a Trainer takes one INQCallback: two would claim the same weights and the same place in checkpoints; give "
-            "layers different widths with layer_bits"
-        )
-    for callback in callbacks_named(trainer, "WeightAveraging"):
-        raise ValueError(
-            f"{type(callback).__name__} saves and returns averaged weights, and averages of powers of two are none; "
-            "average the full-precision network first, then quantize it without this callback"
-        )
-    for callback in callbacks_named(trainer, "ModelPruning"):
-        raise ValueError(
-            f"{type(callback).__name__} renames the weights while INQCallback quantizes them; prune first, make it "
-            "permanent (make_pruning_permanent=True), then quantize with INQCallback(keep_zeros=True)"
-        )
+    check_strategy(trainer.strategy)
+    for callback in callbacks_of(trainer):
+        name = type(callback).__name__
+        if is_a(callback, "INQCallback") and callback is not own:
+            raise ValueError(
+                "a Trainer takes one INQCallback: two would claim the same weights and the same place in checkpoints; "
+                "give layers different widths with layer_bits"
+            )
+        if is_a(callback, "WeightAveraging"):
+            raise ValueError(
+                f"{name} saves and returns averaged weights, and averages of powers of two are none; average the "
+                "full-precision network first, then quantize it without this callback"
+            )
+        if is_a(callback, "ModelPruning"):
+            raise ValueError(
+                f"{name} renames the weights while INQCallback quantizes them; prune first, make it permanent "
+                "(make_pruning_permanent=True), then quantize with INQCallback(keep_zeros=True)"
+            )
 
 
-def check_optimizers(trainer: Trainer) -> None:
-    """Refuse optimizers that move weights where frozen ones cannot be held.
+def show_rates_last(trainer: Trainer) -> None:
+    """Let LearningRateMonitor look at the learning rates after they have been put back, wherever it is listed."""
+    trainer.callbacks = sorted(  # type: ignore[attr-defined]
+        callbacks_of(trainer), key=lambda callback: is_a(callback, "LearningRateMonitor")
+    )
+
+
+def check_strategy(strategy: object) -> None:
+    """Refuse strategies, of a Trainer or of Fabric, that show no parameters which could be kept exact.
 
     Raises:
-        ValueError: There is one.
+        ValueError: It is one; the message says what to use instead.
     """
-    for optimizer in trainer.optimizers:
-        name = type(optimizer).__name__
-        if _is(optimizer, "LBFGS") or "LBFGS" in name:
-            raise ValueError(
-                f"{name} moves the weights several times within one step, where frozen weights cannot be held; use "
-                "another optimizer, such as SGD or AdamW"
-            )
-        if "ScheduleFree" in name or all(callable(getattr(optimizer, swap, None)) for swap in ("train", "eval")):
-            raise ValueError(
-                f"{name} keeps weights of its own, averaged ones, and swaps them with the module's (its methods train "
-                "and eval), frozen ones included; use one without, such as SGD or AdamW, with a learning-rate schedule"
-            )
+    name = type(strategy).__name__
+    if is_a(strategy, "FSDPStrategy"):
+        raise ValueError(
+            f"{name} flattens the weights of several layers into one parameter, which has no grid; use FSDP2 through "
+            "ModelParallelStrategy, whose sharded parameters INQ knows"
+        )
+    if is_a(strategy, "DeepSpeedStrategy"):
+        raise ValueError(
+            f"{name} overwrites the module's weights from master copies of its own, frozen ones included; use ddp, or "
+            "FSDP2 through ModelParallelStrategy"
+        )
 
 
 def check_averaging(trainer: Trainer, schedule: Schedule, origin: int) -> None:
@@ -83,21 +83,12 @@ def check_averaging(trainer: Trainer, schedule: Schedule, origin: int) -> None:
     """
     assert schedule.starts is not None
     complete = origin + schedule.starts[-1]
-    for callback in callbacks_named(trainer, "StochasticWeightAveraging"):
-        begins = callback.swa_start
-        if schedule.unit != "epoch" or begins <= complete:
-            raise ValueError(
-                f"StochasticWeightAveraging begins at epoch {begins} (counted from 0), but all weights are quantized "
-                f"only from {schedule.unit} {complete} on, and averages of powers of two are none; let it begin later "
-                f"(swa_epoch_start={complete + 2}, as a whole number) or average before quantizing"
-            )
-
-
-def callbacks_named(trainer: Trainer, name: str) -> list[Any]:
-    """The Trainer's callbacks of a class of this name, or of one derived from it, from whichever package."""
-    return [callback for callback in trainer.callbacks if _is(callback, name)]  # type: ignore[attr-defined]
-
-
-def _is(thing: object, name: str) -> bool:
-    """Whether a class of this name is among the bases of ``thing``, from whichever package."""
-    return any(base.__name__ == name for base in type(thing).__mro__)
+    for callback in callbacks_of(trainer):
+        if is_a(callback, "StochasticWeightAveraging"):
+            begins = callback.swa_start  # type: ignore[attr-defined]
+            if schedule.unit != "epoch" or begins <= complete:
+                raise ValueError(
+                    f"StochasticWeightAveraging begins at epoch {begins} (counted from 0), but all weights are "
+                    f"quantized only from {schedule.unit} {complete} on, and averages of powers of two are none; let "
+                    f"it begin later (swa_epoch_start={complete + 2}, as a whole number) or average before quantizing"
+                )

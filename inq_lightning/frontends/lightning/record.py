@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning import Trainer
 
 from inq_lightning.core.quantizer import Quantizer
-from inq_lightning.frontends.lightning.guards import callbacks_named
+from inq_lightning.frontends.lightning.base import callbacks_named
 
 
-def of(quantizer: Quantizer, moved: dict[str, int]) -> dict[str, Any]:
+def of(quantizer: Quantizer, moved: Mapping[str, int]) -> dict[str, Any]:
     """What a checkpoint says of its weights.
 
     Args:
@@ -19,12 +20,19 @@ def of(quantizer: Quantizer, moved: dict[str, int]) -> dict[str, Any]:
         moved: How many frozen weights of which parameters have other values in the checkpoint; they do not count.
 
     Returns:
-        ``quantized_fraction``, ``fully_quantized`` and, where there are some, ``moved``.
+        ``quantized_fraction``, a share of the selected weights; ``network_fraction``, one of all weights in matrices;
+        ``fully_quantized``, whether that is all of them; ``left_out``, what else there is and why; and, where there is
+        something, ``moved``.
     """
-    total = sum(weight.numel for weight in quantizer.weights.values())
-    frozen = sum(weight.frozen for weight in quantizer.weights.values()) - sum(moved.values())
-    said = {"quantized_fraction": frozen / total, "fully_quantized": frozen == total}
-    return {**said, "moved": moved} if moved else said
+    coverage, weights = quantizer.coverage, quantizer.weights.values()
+    fraction = (sum(weight.frozen for weight in weights) - sum(moved.values())) / sum(w.numel for w in weights)
+    said = {
+        "quantized_fraction": fraction,
+        "network_fraction": fraction * coverage.share,
+        "fully_quantized": fraction * coverage.share == 1.0,
+        "left_out": {one.name: one.reason for one in coverage.left_out},
+    }
+    return said | ({"moved": dict(moved)} if moved else {})
 
 
 class RecordingIO(CheckpointIO):

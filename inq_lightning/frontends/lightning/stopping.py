@@ -9,7 +9,7 @@ import torch
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 
-from inq_lightning.frontends.lightning.guards import callbacks_named
+from inq_lightning.frontends.lightning.base import callbacks_named
 
 
 class EarlyStoppingHold:
