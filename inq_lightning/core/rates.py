@@ -84,13 +84,14 @@ class LearningRates:
             schedulers: Those in use: others may have taken the place of some that were configured.
         """
         self._restart.notice_groups()
-        for driver in self._drivers.values():
-            if not any(driver.scheduler is scheduler for scheduler in schedulers):
-                continue
-            target = position(done, math.ceil(total), driver.spans[phase])
-            if driver.position is None or driver.position > target:  # a checkpoint of another run's position
+        in_use = {id(scheduler) for scheduler in schedulers}
+        drivers = [driver for driver in self._drivers.values() if id(driver.scheduler) in in_use]
+        targets = [position(done, math.ceil(total), driver.spans[phase]) for driver in drivers]
+        for driver, target in zip(drivers, targets, strict=True):
+            if driver.position is None or driver.position > target:  # resumed from a run without INQ, or shorter
                 self._restart(driver.scheduler)
                 driver.position = 0
+        for driver, target in zip(drivers, targets, strict=True):
             driver.move(target)
 
     def release(self) -> None:
@@ -172,9 +173,9 @@ class LearningRates:
                 warnings.simplefilter("ignore")  # no optimizer has made a step yet
                 while len(curve) <= steps:
                     scheduler.step()
-                    if _rate(scheduler) < 0:
+                    curve.append(max(_rate(scheduler), 0.0))
+                    if _rate(scheduler) < 0:  # a straight line that has passed its end
                         break
-                    curve.append(_rate(scheduler))
         except Exception as error:  # its last step has been taken, unless it is the first
             if len(curve) == 1:
                 raise _UnfitError(f"its step fails ({type(error).__name__}: {error})") from error
@@ -249,10 +250,11 @@ def is_whole(curve: Sequence[float], steps: int) -> bool:
         return True
     head, rest = curve[: steps + 1], curve[steps:]
     peak = max(head)
+    fall = head[next(i for i, rate in enumerate(head) if rate >= peak * (1 - _SLACK)) :]
     return (
         not is_constant(curve[: max(steps, 1)])
         and max(rest) <= peak * (1 + _SLACK)
-        and min(rest) >= min(head[head.index(peak) :]) - peak * _SLACK
+        and min(rest) >= min(fall) - peak * _SLACK
     )
 
 
