@@ -99,7 +99,8 @@ def main(cfg: DictConfig) -> None:
     if not quantizing:
         carried.metrics = test(trainer, module, data)
     trainer.fit(module, data, ckpt_path=cfg.ckpt if quantizing else None)
-    result = Report.of(module, callback.layers, carried.metrics, test(trainer, module, data), carried.seconds)
+    after = test(trainer, module, data)
+    result = Report.of(module, callback.layers, carried.metrics, after, carried.seconds, callback.coverage)
 
     folder = Path(cfg.output_dir)
     trainer.save_checkpoint(folder / "quantized.ckpt", weights_only=False)
