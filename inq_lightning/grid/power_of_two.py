@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -242,8 +242,12 @@ class PowerOfTwoGrid:
         return torch.ldexp(codes.sign().double(), codes.abs() - 1)
 
     def spec(self) -> dict[str, Any]:
-        """The grid as plain JSON values; :func:`~inq_lightning.grid.from_spec` makes it again."""
-        return {"kind": "power_of_two", **asdict(self)}
+        """The grid as plain JSON values; :func:`~inq_lightning.grid.from_spec` makes it again.
+
+        The usual underflow is left out: it matters to rounding, not to what is on the grid, and small files count it.
+        """
+        spec = {"kind": "power_of_two", "n1": self.n1, "bits": self.bits}
+        return spec if self.underflow == "nearest" else spec | {"underflow": self.underflow}
 
 
 def largest_magnitude(w: Tensor, reduce: Reduction = WHOLE) -> float:

@@ -103,6 +103,7 @@ def test_weights_that_are_not_trained_are_left_out() -> None:
     net[4].weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"no weight to quantize.*candidates were 0\.weight, 4\.weight"):
         select_parameters(net)
+    assert names(net, trainable_only=False) == ["0.weight", "4.weight"]
 
 
 def test_a_shared_weight_comes_once_under_the_first_layers_name() -> None:
@@ -270,7 +271,9 @@ def library_layer(package: str, name: str, **shapes: tuple[int, ...]) -> nn.Modu
     return layer
 
 
-@pytest.mark.parametrize(("package", "name"), [(package, name) for package in _LAYERS for name in _LAYERS[package]])
+@pytest.mark.parametrize(
+    ("package", "name"), [(package, name) for package in _LAYERS for name in sorted(_LAYERS[package])]
+)
 def test_layers_of_well_known_libraries_are_selected_without_importing_them(package: str, name: str) -> None:
     layer = library_layer(package, name, weight=(3, 4), bias=(4,))
     heir = type("Heir", (type(layer),), {"__module__": "my.package"})()

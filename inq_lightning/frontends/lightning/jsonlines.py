@@ -5,7 +5,7 @@ from __future__ import annotations
 from pytorch_lightning import LightningModule, Trainer
 
 from inq_lightning.frontends.lightning.base import Callback
-from inq_lightning.frontends.lightning.callback import INQCallback
+from inq_lightning.frontends.lightning.find import find_inq
 from inq_lightning.report.run import finite, print_json
 
 
@@ -28,8 +28,7 @@ class JSONLines(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the epoch's line."""
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        inq = next((callback for callback in callbacks if isinstance(callback, INQCallback)), None)
+        inq = find_inq(trainer)
         if trainer.is_global_zero:
             print_json(
                 event="epoch",
