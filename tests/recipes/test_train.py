@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from inq_lightning import PRESETS, PowerOfTwoGrid
+from inq_lightning import PRESETS
+from inq_lightning.grid import from_spec
 from inq_lightning.recipes.models import LeNet5, SmallCNN
 from inq_lightning.recipes.start import plan_epochs
 from inq_lightning.recipes.train import main
@@ -156,7 +157,7 @@ def assert_quantized(path: Path) -> None:
     assert state.keys() == selected_sizes().keys()
     for name, layer in state.items():
         weight = checkpoint["state_dict"][name]
-        levels = PowerOfTwoGrid(layer["n1"], layer["bits"]).levels
+        levels = from_spec(layer["grid"]).levels
         assert layer["frozen"] == weight.numel()
         assert torch.isin(weight.double(), levels).all(), name
 
