@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from inq_lightning.core.coverage import Coverage
 from inq_lightning.core.frozen import frozen_count
 from inq_lightning.core.layer import Layer, plain_name
 from inq_lightning.core.schedule import Schedule, Unit
-from inq_lightning.core.selection import Selected
+from inq_lightning.core.selection import Selected, Selection
 from inq_lightning.core.size import size_of
 
 
@@ -73,6 +74,7 @@ class Plan:
         phases: The phases, in the order of time.
         unit: What the phases' starts count, ``"epoch"`` or ``"step"``.
         floating: The parameters that stay in floating point, in the module's order.
+        coverage: How much of the network's matrices of weights will be quantized, and why the others will not.
         bytes_before: Size of all parameters as they are in memory.
         bytes_after: The same with every quantized parameter at its bits a weight.
     """
@@ -81,11 +83,12 @@ class Plan:
     phases: tuple[PlannedPhase, ...]
     unit: Unit
     floating: tuple[FloatingTensor, ...]
+    coverage: Coverage
     bytes_before: int
     bytes_after: int
 
     @classmethod
-    def of(cls, module: nn.Module, selected: Sequence[Selected], schedule: Schedule, keep_zeros: bool = False) -> Plan:
+    def of(cls, module: nn.Module, selected: Selection, schedule: Schedule, keep_zeros: bool = False) -> Plan:
         """Work out the plan; nothing changes.
 
         Args:
@@ -117,6 +120,7 @@ class Plan:
             ),
             unit=schedule.unit,
             floating=tuple(floating),
+            coverage=selected.coverage,
             bytes_before=size_of(module).bytes,
             bytes_after=size_of(module, widths).bytes,
         )

@@ -60,7 +60,8 @@ def train(cfg: DictConfig, console: Any) -> None:
     if start.stage == "pretrain":
         start = pretrain(cfg, start, data, inq, carried)
     trainer, module = quantize(cfg, start, data, inq, carried)
-    report = Report.of(module, inq.layers, carried.metrics, test(trainer, module, data), carried.seconds)
+    after = test(trainer, module, data)
+    report = Report.of(module, inq.layers, carried.metrics, after, carried.seconds, inq.coverage)
 
     folder = Path(cfg.output_dir)
     trainer.save_checkpoint(folder / "quantized.ckpt", weights_only=False)

@@ -22,6 +22,7 @@ from inq_lightning import INQCallback, PowerOfTwoGrid, Schedule, load_packed, sa
 from inq_lightning.cli.export import main as export
 from inq_lightning.formats.checkpoint import read_checkpoint
 from inq_lightning.formats.packed import ArtifactError, read_packed
+from inq_lightning.formats.tensors import DTYPES
 from inq_lightning.recipes.classifier import Classifier
 from inq_lightning.recipes.data import DigitsDataModule
 from inq_lightning.recipes.models import SmallCNN
@@ -260,6 +261,23 @@ def test_layers_of_zeros_scalars_and_empty_tensors_come_back(tmp_path: Path) -> 
     artifact = read_packed(tmp_path / "network.safetensors")
     assert_same(artifact.state_dict, net.state_dict())
     assert artifact.layers[0].n1 is None
+
+
+def test_buffers_of_every_type_that_safetensors_holds_come_back(tmp_path: Path) -> None:
+    net = quantized(nn.Linear(3, 3))
+    for dtype in DTYPES.values():
+        net.register_buffer(str(dtype).replace(".", "_"), torch.tensor([0, 1, 1]).to(dtype))
+    save_packed(net, tmp_path / "network.safetensors")
+    state = read_packed(tmp_path / "network.safetensors").state_dict
+    for name, value in net.state_dict().items():
+        assert (state[name].dtype, state[name].shape) == (value.dtype, value.shape)
+        assert torch.equal(state[name].view(torch.uint8), value.view(torch.uint8)), name
+
+
+def test_a_state_dict_is_saved_as_its_network_is(tmp_path: Path) -> None:
+    net = quantized(small())
+    assert save_packed(net, tmp_path / "a") == save_packed(net.state_dict(), tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_the_same_network_gives_the_same_file_with_usual_permissions(tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from inq_lightning._common import LazyExtra, import_extra
 from inq_lightning.recipes.models import (
     BasicBlock,
     LeNet5,
     ResNetCIFAR,
     SmallCNN,
-    import_extra,
     timm_model,
     torchvision_model,
 )
@@ -119,3 +119,10 @@ def test_a_broken_installation_is_told_from_a_missing_one(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ImportError, match=rf"broken_package is installed but {message}.*inq-lightning\[vision\]"):
         import_extra("broken_package", "vision")
+
+
+def test_a_module_of_an_extra_is_asked_for_where_it_is_used() -> None:
+    assert LazyExtra("json", "export").loads("[1]") == [1]
+    missing = LazyExtra("surely_missing_package", "export")
+    with pytest.raises(ImportError, match=r"surely_missing_package is needed here.*inq-lightning\[export\]"):
+        _ = missing.anything

@@ -116,7 +116,7 @@ def start(cwd: Path, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         # A shell that starts the tests in the background makes them, and their children, ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=None if os.name == "nt" else lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
@@ -383,6 +383,8 @@ def test_resume_refuses_mere_weights(pretrained: Path, tmp_path: Path) -> None:
 
 def interrupt(folder: Path, stage: str, *overrides: str) -> None:
     """Starts a run and presses Ctrl-C once it has saved the first epoch of a stage."""
+    if os.name == "nt":
+        pytest.skip("no Ctrl-C can be sent to one process")
     process = start(folder.parent, *overrides, f"hydra.run.dir={folder}")
     deadline = time.monotonic() + 120
     while not (folder / stage / "last.ckpt").exists() and process.poll() is None and time.monotonic() < deadline:
@@ -525,13 +527,13 @@ def test_a_mistake_ends_the_console_script_with_a_message(tmp_path: Path) -> Non
     process = start(tmp_path, *TINY, "trainer.max_epochs=1")
     output = finish(process)
     assert process.returncode == 1
-    assert "the Trainer runs only 1 epochs" in output
+    assert "training runs only 1 epochs" in output
 
 
 @pytest.mark.parametrize("override", ["inq.schedule.epochs_per_phase=4", "inq.schedule.starts=[0,3]"])
 def test_too_short_a_run_is_refused_before_pretraining(override: str, tmp_path: Path) -> None:
     overrides = ["inq.schedule.epochs_per_phase=null", override, "callbacks=default", "trainer.max_epochs=3"]
-    with pytest.raises(ValueError, match="the Trainer runs only 3 epochs"):
+    with pytest.raises(ValueError, match="training runs only 3 epochs"):
         run(tmp_path, *TINY, *overrides)
     assert not (tmp_path / "pretrain").exists()
 

@@ -5,11 +5,13 @@ Lightning exists as two packages with the same classes, so classes are told by t
 
 from __future__ import annotations
 
-import torch
-from pytorch_lightning import Callback, Trainer
+from typing import TYPE_CHECKING
 
 from inq_lightning.core.schedule import Schedule
 from inq_lightning.frontends.lightning.base import callbacks_of, is_a
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback, Trainer
 
 
 def check_setup(trainer: Trainer, own: Callback) -> None:
@@ -22,20 +24,10 @@ def check_setup(trainer: Trainer, own: Callback) -> None:
     Raises:
         ValueError: There is one; the message says what to use instead.
     """
-    strategy = type(trainer.strategy).__name__
-    if is_a(trainer.strategy, "FSDPStrategy"):
-        raise ValueError(
-            f"{strategy} flattens the weights of several layers into one parameter, which has no grid; use FSDP2 "
-            "through ModelParallelStrategy, whose sharded parameters INQCallback knows"
-        )
-    if is_a(trainer.strategy, "DeepSpeedStrategy"):
-        raise ValueError(
-            f"{strategy} overwrites the module's weights from master copies of its own, frozen ones included; use ddp, "
-            "or FSDP2 through ModelParallelStrategy"
-        )
+    check_strategy(trainer.strategy)
     for callback in callbacks_of(trainer):
         name = type(callback).__name__
-        if is_a(callback, type(own).__name__) and callback is not own:
+        if is_a(callback, "INQCallback") and callback is not own:
             raise ValueError(
                 "a Trainer takes one INQCallback: two would claim the same weights and the same place in checkpoints; "
                 "give layers different widths with layer_bits"
@@ -52,22 +44,34 @@ def check_setup(trainer: Trainer, own: Callback) -> None:
             )
 
 
-def check_optimizers(trainer: Trainer) -> None:
-    """Refuse optimizers that move weights where frozen ones cannot be held.
+def show_rates_last(trainer: Trainer) -> None:
+    """Let LearningRateMonitor look at the learning rates after they have been put back, wherever it is listed."""
+    trainer.callbacks = sorted(  # type: ignore[attr-defined]
+        callbacks_of(trainer), key=lambda callback: is_a(callback, "LearningRateMonitor")
+    )
+
+
+def check_strategy(strategy: object) -> None:
+    """Refuse strategies, of a Trainer or of Fabric, that show no parameters which could be kept exact.
 
     Raises:
-        ValueError: There is one.
+        ValueError: It is one; the message says what to use instead.
     """
-    for optimizer in trainer.optimizers:
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError(
-                "LBFGS moves the weights several times within one step, where frozen weights cannot be held; use "
-                "another optimizer, such as SGD or AdamW"
-            )
+    name = type(strategy).__name__
+    if is_a(strategy, "FSDPStrategy"):
+        raise ValueError(
+            f"{name} flattens the weights of several layers into one parameter, which has no grid; use FSDP2 through "
+            "ModelParallelStrategy, whose sharded parameters INQ knows"
+        )
+    if is_a(strategy, "DeepSpeedStrategy"):
+        raise ValueError(
+            f"{name} overwrites the module's weights from master copies of its own, frozen ones included; use ddp, or "
+            "FSDP2 through ModelParallelStrategy"
+        )
 
 
-def hold_until_complete(trainer: Trainer, schedule: Schedule, origin: int) -> None:
-    """Let nothing stop or average before the last portion has begun.
+def check_averaging(trainer: Trainer, schedule: Schedule, origin: int) -> None:
+    """Let nothing average weights before the last portion has begun.
 
     Args:
         trainer: The Trainer, about to train.
@@ -80,11 +84,6 @@ def hold_until_complete(trainer: Trainer, schedule: Schedule, origin: int) -> No
     assert schedule.starts is not None
     complete = origin + schedule.starts[-1]
     for callback in callbacks_of(trainer):
-        if is_a(callback, "EarlyStopping"):
-            if schedule.unit == "epoch":
-                trainer.fit_loop.min_epochs = max(trainer.fit_loop.min_epochs or 0, complete + 1)
-            else:
-                trainer.fit_loop.epoch_loop.min_steps = max(trainer.fit_loop.min_steps or 0, complete + 1)
         if is_a(callback, "StochasticWeightAveraging"):
             begins = callback.swa_start  # type: ignore[attr-defined]
             if schedule.unit != "epoch" or begins <= complete:
@@ -93,18 +92,3 @@ def hold_until_complete(trainer: Trainer, schedule: Schedule, origin: int) -> No
                     f"quantized only from {schedule.unit} {complete} on, and averages of powers of two are none; let "
                     f"it begin later (swa_epoch_start={complete + 2}, as a whole number) or average before quantizing"
                 )
-
-
-def forget_best(trainer: Trainer) -> None:
-    """Let checkpoints of a monitored best begin anew: what was best so far is a network that was not yet quantized."""
-    for callback in callbacks_of(trainer):
-        if is_a(callback, "ModelCheckpoint") and callback.monitor is not None:  # type: ignore[attr-defined]
-            worst = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)  # type: ignore[attr-defined]
-            fresh: dict[str, object] = {
-                "best_k_models": {},
-                "best_model_path": "",
-                "kth_best_model_path": "",
-                "best_model_score": None,
-            }
-            for name, value in {**fresh, "kth_value": worst}.items():
-                setattr(callback, name, value)
