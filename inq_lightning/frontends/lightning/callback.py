@@ -132,7 +132,8 @@ class INQCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Select the weights, take up a checkpoint's state, and refuse a run that cannot reach portion 1."""
         self._begin(trainer, pl_module)
-        (rank_zero_warn if self.coverage.overlooked else rank_zero_info)(str(self.coverage))
+        if not self.coverage.overlooked:  # otherwise the engine has said it in a warning
+            rank_zero_info(str(self.coverage))
         self._fit_rates(trainer)
         guards.check_averaging(trainer, self.quantizer.timetable, self.quantizer.origin)
         if not self.quantizer.complete:
