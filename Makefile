@@ -3,12 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint slow bench clean
+# Not in the lock, since no hash fits: torch is another file on each index, and brings other packages on each.
+UNLOCKED := torch triton cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nvidia-, cublas cuda-cupti cuda-nvrtc \
+	cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
 
-$(VENV)/installed: pyproject.toml constraints.txt
+.PHONY: demo test lint slow bench docs dist lock clean
+
+$(VENV)/installed: pyproject.toml constraints.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-deps --require-hashes --requirement requirements-dev.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 demo: $(VENV)/installed  ## pre-train, quantize, test and report on real images
@@ -28,5 +33,16 @@ slow: $(VENV)/installed  ## the long tests
 bench: $(VENV)/installed  ## what the callback costs, as ratios
 	$(BIN)/python -m benchmarks.overhead
 
+docs: $(VENV)/installed  ## the site, into site/
+	$(BIN)/mkdocs build --strict
+
+dist: $(VENV)/installed  ## what is uploaded to PyPI, into dist/
+	$(BIN)/python -m build --no-isolation
+
+lock: export UV_CUSTOM_COMPILE_COMMAND := make lock
+lock:  ## pin and hash what pyproject.toml and constraints.txt ask for; needs uv; UPGRADE=--upgrade for the newest
+	uv pip compile --quiet --universal --python-version 3.10 --extra dev --constraint constraints.txt --generate-hashes \
+		$(addprefix --no-emit-package=, $(UNLOCKED)) $(UPGRADE) --output-file requirements-dev.txt pyproject.toml
+
 clean:
-	rm -rf $(VENV) outputs multirun
+	rm -rf $(VENV) outputs multirun site dist

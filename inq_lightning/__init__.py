@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inq_lightning._version import __version__
@@ -20,14 +21,18 @@ if TYPE_CHECKING:
     from inq_lightning.formats.packed import load_packed, read_packed, save_packed
     from inq_lightning.frontends.fabric import FabricINQ
     from inq_lightning.frontends.huggingface import INQTrainerCallback
-    from inq_lightning.frontends.lightning.callback import INQCallback, phase_length
+    from inq_lightning.frontends.lightning.callback import INQCallback
     from inq_lightning.frontends.lightning.monitor import INQMonitor
+    from inq_lightning.frontends.lightning.phases import phase_length
     from inq_lightning.frontends.lightning.progress import INQProgressBar
     from inq_lightning.frontends.loop import INQ
     from inq_lightning.grid import PowerOfTwoGrid, fit_grid
     from inq_lightning.report.inspection import inspect_file
     from inq_lightning.runtime.modules import to_packed
     from inq_lightning.runtime.torchao import to_torchao
+
+if not Path(__file__).with_name("conf").joinpath("__init__.py").exists():  # a checkout has conf/ beside this folder
+    __path__.append(str(Path(__file__).parents[1]))
 
 __all__ = [
     "INQ",
@@ -74,8 +79,9 @@ _HOMES = {
     "formats.packed": ["load_packed", "read_packed", "save_packed"],
     "frontends.fabric": ["FabricINQ"],
     "frontends.huggingface": ["INQTrainerCallback"],
-    "frontends.lightning.callback": ["INQCallback", "phase_length"],
+    "frontends.lightning.callback": ["INQCallback"],
     "frontends.lightning.monitor": ["INQMonitor"],
+    "frontends.lightning.phases": ["phase_length"],
     "frontends.lightning.progress": ["INQProgressBar"],
     "frontends.loop": ["INQ"],
     "grid": ["PowerOfTwoGrid", "fit_grid"],

@@ -1,11 +1,12 @@
 """What every Hydra application finds of this package, without a line of its own: `callbacks=inq` and the group `inq`.
 
-Hydra imports all its plugins whenever an application starts, so this one imports nothing of the package itself: torch
-and the structured configs come in when an application composes the group.
+Hydra imports all its plugins whenever an application starts, so this one imports nothing of the package but its face:
+torch and the structured configs come in when an application composes the group.
 """
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 
 from hydra._internal.core_plugins import file_config_source
@@ -13,8 +14,6 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-
-HERE = Path(__file__).parent
 
 
 class INQSource(file_config_source.FileConfigSource):
@@ -54,5 +53,5 @@ class INQSearchPath(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Append both folders."""
-        search_path.append("inq-lightning", f"file://{HERE / 'conf'}")
-        search_path.append("inq-lightning", f"inq://{HERE.parents[1] / 'inq_lightning' / 'conf'}")
+        search_path.append("inq-lightning", f"file://{Path(__file__).parent / 'conf'}")
+        search_path.append("inq-lightning", f"inq://{files('inq_lightning.conf')}")

@@ -189,13 +189,21 @@ class FrozenWeight:
         if self.frozen == self.numel:
             weight.copy_(self._values).add_(0.0)  # -0.0 becomes +0.0
             return
-        self._kernel.restore(weight)
+        moved_away = self._values.device != weight.device  # Lightning moves a trained module back to the CPU
+        (kernel_for(self._values.to(weight.device)) if moved_away else self._kernel).restore(weight)
 
-    def drifted(self) -> int:
-        """How many frozen weights of the local piece differ from the values they were frozen at."""
-        weight = sharding.local(self.parameter)
-        values = self._values.to(weight.device)  # Lightning moves a trained module back to the CPU
-        return int((weight != values).logical_and_(bits_of(values) != 0).sum())
+    def drifted(self, copy: Tensor | None = None) -> int:
+        """How many frozen weights of the local piece differ from the values they were frozen at.
+
+        Args:
+            copy: Look at this tensor of the parameter's shape instead, one that was saved for instance.
+        """
+        weight = sharding.local(self.parameter if copy is None else copy)
+        moved = 0
+        for w, value in zip(split(weight), split(self._values.to(weight.device)), strict=True):
+            off = w != value
+            moved += int((off if self.frozen == self.numel else off.logical_and_(bits_of(value) != 0)).count_nonzero())
+        return moved
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the weights themselves do not tell, in plain numbers and one uint8 tensor.

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from inq_lightning.core import sharding, state
 from inq_lightning.core.coverage import Coverage, LeftOut
 from inq_lightning.core.frozen import FrozenWeight, Rounding
-from inq_lightning.core.layer import Layer, named_weights
+from inq_lightning.core.layer import Layer, named_weights, plain_name
 from inq_lightning.core.optimizers import check_optimizers
 from inq_lightning.core.options import Options
 from inq_lightning.core.plan import Plan
@@ -27,6 +27,7 @@ from inq_lightning.grid.power_of_two import fit_rule
 
 # Share of a layer's weights that its grid may round to zero without a word; by least error it is about half at 2 bits.
 _NEARLY_ALL = 0.9
+_NAMED = 8  # parameters that a message names at most
 
 
 class Quantizer:
@@ -38,7 +39,7 @@ class Quantizer:
     backward pass and :meth:`restore` after each optimizer step, which :meth:`hold` sees to; at the end :meth:`release`
     and :meth:`verify`.
 
-    With sharded parameters, attach, begin, advance, frozen_mask and state_dict are collective calls.
+    With sharded parameters, attach, begin, advance, moved, frozen_mask and state_dict are collective calls.
 
     Attributes:
         options: What the user asked for.
@@ -102,6 +103,17 @@ class Quantizer:
         if self.options.log_per_layer:
             values |= {f"inq/quantized_fraction/{layer.name}": layer.frozen / layer.numel for layer in self.layers}
         return values
+
+    @property
+    def sharded(self) -> bool:
+        """Whether processes share a parameter's weights among them."""
+        return any(sharding.is_sharded(weight.parameter) for weight in self.weights.values())
+
+    def describes(self, module: nn.Module) -> bool:
+        """Whether its parameters are those of ``module``, with all frozen weights at their values."""
+        parameters = dict(named_weights(module))
+        same = all(parameters.get(name) is weight.parameter for name, weight in self.weights.items())
+        return same and not self.moved()
 
     def frozen_mask(self, name: str) -> Tensor:
         """Which weights of a parameter are frozen: bool in its shape, see :meth:`INQCallback.frozen_mask`."""
@@ -173,6 +185,8 @@ class Quantizer:
     def begin(self, module: nn.Module, length: Length, position: Callable[[Unit], int]) -> None:
         """Fit the schedule to the run, then go on from a loaded state or begin where the run stands.
 
+        Warns of what stays in floating point though nobody asked for it.
+
         Args:
             module: The module, after :meth:`attach`.
             length: How long the run is, from its very start.
@@ -185,8 +199,13 @@ class Quantizer:
         if self._loaded is None:
             self.origin = position(schedule.unit)
             self.timetable = schedule.fit(length, self.origin)
-            return
-        loaded = state.check(self._loaded)
+            self.timetable.check_certain(length, self.origin)
+        else:
+            self._resume(module, schedule, length, state.check(self._loaded))
+        if self.coverage.overlooked and sharding.is_first_process():
+            warnings.warn(str(self.coverage), stacklevel=2)
+
+    def _resume(self, module: nn.Module, schedule: Schedule, length: Length, loaded: dict[str, Any]) -> None:
         saved = Schedule(**loaded["schedule"])
         # An open schedule was spread over the run that began.
         self.timetable = saved if schedule.starts is None and schedule.portions == saved.portions else schedule
@@ -197,6 +216,7 @@ class Quantizer:
                 self.weights[name] = self._frozen_weight(name, parameters[name], layer["bits"])
         state.check_fits(loaded, self.options, self.timetable, self.weights)
         self.timetable.fit(length, loaded["origin"])
+        self.timetable.check_certain(length, loaded["origin"])
         state.load(loaded, self.weights)
         self.phase, self.origin, self._loaded = loaded["phase"], loaded["origin"], None
         self._rates_state = loaded["rates"]
@@ -291,20 +311,39 @@ class Quantizer:
         self._hooks = self._rates = self._optimizer_state = None
         self._optimizers = ()
 
+    def moved(self, saved: Mapping[str, Tensor] | None = None) -> dict[str, int]:
+        """How many frozen weights are not at their values, by parameter; parameters without such are left out.
+
+        Args:
+            saved: Look at these tensors, where it has them, and not at the parameters: a ``state_dict``.
+        """
+        copies = {plain_name(name): tensor for name, tensor in (saved or {}).items() if isinstance(tensor, Tensor)}
+        moved = {}
+        for name, weight in self.weights.items():
+            parameter, copy = weight.parameter, copies.get(name)
+            if copy is not None and (copy.shape != parameter.shape or sharding.is_sharded(parameter)):
+                copy = None
+            if count := sharding.total(weight.drifted(copy), parameter):
+                moved[name] = count
+        return moved
+
     def verify(self) -> None:
         """Make sure that every frozen weight is where it was frozen.
 
         Raises:
-            RuntimeError: One is not; the message names its layer.
+            RuntimeError: Some are not; the message names their parameters.
         """
-        for weight in self.weights.values():
-            drifted = weight.drifted()
-            if drifted:
-                raise RuntimeError(
-                    f"{weight.name}: {drifted} of {weight.frozen} frozen weights are not at their values any more; "
-                    "something other than an optimizer has changed them after the last training step: another "
-                    "callback, or code in a hook of the module"
-                )
+        moved = {name: count for name, weight in self.weights.items() if (count := weight.drifted())}
+        if moved:
+            raise RuntimeError(
+                f"{self.listing(moved)} are not at their values any more: something other than an optimizer has "
+                "changed them since they were put back last"
+            )
+
+    def listing(self, moved: Mapping[str, int]) -> str:
+        """What :meth:`moved` has found, in words."""
+        named = [f"{name}: {count} of {self.weights[name].frozen} frozen weights" for name, count in moved.items()]
+        return ", ".join(named[:_NAMED]) + (f" and {len(named) - _NAMED} more parameters" if named[_NAMED:] else "")
 
     # ---- what a checkpoint keeps -------------------------------------------------------------------------------------
 

@@ -46,7 +46,7 @@ class LearningRates:
         self._schedulers = list(schedulers)
         self._restart = Restart(optimizers, schedulers)
         self._drivers: dict[int, Driver] = {}  # by the index of the scheduler
-        self._positions: Mapping[int, int | None] = {}  # a checkpoint's
+        self._saved: Mapping[int, Any] = {}  # a checkpoint's positions
 
     def fit(
         self, steps: Mapping[int, Mapping[str, float]], lengths: Sequence[float], gradual: bool = True
@@ -84,13 +84,14 @@ class LearningRates:
             schedulers: Those in use: others may have taken the place of some that were configured.
         """
         self._restart.notice_groups()
-        for driver in self._drivers.values():
-            if not any(driver.scheduler is scheduler for scheduler in schedulers):
-                continue
-            target = position(done, math.ceil(total), driver.spans[phase])
-            if driver.position is None or driver.position > target:  # a checkpoint of another run's position
+        in_use = {id(scheduler) for scheduler in schedulers}
+        drivers = [driver for driver in self._drivers.values() if id(driver.scheduler) in in_use]
+        targets = [position(done, math.ceil(total), driver.spans[phase]) for driver in drivers]
+        for driver, target in zip(drivers, targets, strict=True):
+            if driver.position is None or driver.position > target:
                 self._restart(driver.scheduler)
                 driver.position = 0
+        for driver, target in zip(drivers, targets, strict=True):
             driver.move(target)
 
     def release(self) -> None:
@@ -101,12 +102,14 @@ class LearningRates:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the states of optimizers and schedulers, as plain values."""
-        positions = {index: driver.position for index, driver in self._drivers.items()}
+        positions = {
+            index: {"position": driver.position, "spans": driver.spans} for index, driver in self._drivers.items()
+        }
         return {"positions": positions, "groups": self._restart.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` returned, before :meth:`fit`."""
-        self._positions = dict(state["positions"])
+        self._saved = state["positions"]
         self._restart.load_state_dict(state["groups"])
 
     def _fit(
@@ -135,7 +138,9 @@ class LearningRates:
                 fits=False,
             )
         if spans != own:
-            self._drivers[index] = Driver(scheduler, spans, self._positions.get(index))
+            saved = self._saved.get(index, {})  # none from a run without INQ; of no use from one of another length
+            position = saved["position"] if saved.get("spans") == spans else None
+            self._drivers[index] = Driver(scheduler, spans, position)
             made = f"spans the whole run of {run}" if max(spans) == run else f"lasts {max(spans)}"
             return Fit(f"{name} {made} {unit}s: its whole curve is run in {phases}.")
         if period := pace(curve):
@@ -172,9 +177,9 @@ class LearningRates:
                 warnings.simplefilter("ignore")  # no optimizer has made a step yet
                 while len(curve) <= steps:
                     scheduler.step()
-                    if _rate(scheduler) < 0:
+                    curve.append(max(_rate(scheduler), 0.0))
+                    if _rate(scheduler) < 0:  # a straight line that has passed its end
                         break
-                    curve.append(_rate(scheduler))
         except Exception as error:  # its last step has been taken, unless it is the first
             if len(curve) == 1:
                 raise _UnfitError(f"its step fails ({type(error).__name__}: {error})") from error
@@ -249,10 +254,11 @@ def is_whole(curve: Sequence[float], steps: int) -> bool:
         return True
     head, rest = curve[: steps + 1], curve[steps:]
     peak = max(head)
+    fall = head[next(i for i, rate in enumerate(head) if rate >= peak * (1 - _SLACK)) :]
     return (
         not is_constant(curve[: max(steps, 1)])
         and max(rest) <= peak * (1 + _SLACK)
-        and min(rest) >= min(head[head.index(peak) :]) - peak * _SLACK
+        and min(rest) >= min(fall) - peak * _SLACK
     )
 
 

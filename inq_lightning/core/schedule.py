@@ -63,6 +63,14 @@ class Length:
             return min(self.epochs, self.steps / self.steps_per_epoch)
         return self.epochs
 
+    def at_least(self, unit: Unit) -> float:
+        """Epochs or optimizer steps that the run has for certain, with one step an epoch where nothing is known."""
+        if math.isfinite(self.steps_per_epoch):
+            return self.total(unit)
+        if unit == "step":
+            return min(self.steps, self.epochs)
+        return min(self.epochs, 1) if math.isfinite(self.steps) else self.epochs
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -191,6 +199,25 @@ class Schedule:
             f"the schedule reaches portion 1.0 at {self.unit} {starts[-1]} (counted from where INQ begins), but "
             f"training runs only {total} {self.unit}s and would stop at portion {reached}; train at least "
             f"{starts[-1] + 1}, or let it begin earlier"
+        )
+
+    def check_certain(self, length: Length, origin: int = 0) -> None:
+        """Refuse a run of which nobody can tell whether it ends before the portion reaches 1.
+
+        Raises:
+            ValueError: It has a limit in epochs that counts here in steps, or the other way round, and the number of
+                steps in an epoch is not known.
+        """
+        if length.trial or self._starts[-1] < length.at_least(self.unit) - origin:
+            return
+        other: Unit = "epoch" if self.unit == "step" else "step"
+        limits = {"epoch": ("max_epochs", length.epochs), "step": ("max_steps", length.steps)}
+        name, value = limits[other]
+        raise ValueError(
+            f"the schedule reaches portion 1.0 at {self.unit} {self._starts[-1]} (counted from where INQ begins), but "
+            f"{name}={value} may end the run before: how many optimizer steps an epoch has is not known (data without "
+            f"a length, or manual optimization); limit the run by {limits[self.unit][0]} alone ({name}=-1), or count "
+            f"the schedule in {other}s"
         )
 
     def phase_lengths(self, length: Length, origin: int = 0) -> list[float]:

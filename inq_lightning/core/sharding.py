@@ -72,6 +72,13 @@ def sum_over_shards(counts: Tensor, like: Tensor) -> Tensor:
     return _reduce(counts, like, "SUM")
 
 
+def total(count: int, like: Tensor) -> int:
+    """Add up ``count`` likewise, wherever the pieces of ``like`` have been moved to. A collective call."""
+    if not is_sharded(like):
+        return count
+    return int(sum_over_shards(torch.tensor(count, device=like.device_mesh.device_type), like))
+
+
 def max_over_shards(value: Tensor, like: Tensor) -> Tensor:
     """The largest ``value`` over the processes that hold different pieces of ``like``, in place. A collective call."""
     return _reduce(value, like, "MAX")

@@ -4,19 +4,12 @@ import re
 from typing import Any
 
 import pytest
-from support import ROOT
 
 from benchmarks import page
 
 
 def test_the_page_is_what_its_command_writes_from_the_results() -> None:
     assert page.PAGE.read_text() == page.page(), "run: python -m benchmarks.page"
-
-
-def test_every_test_that_the_page_names_exists() -> None:
-    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    for name in page.TESTS.values():
-        assert f"def {name}(" in tests
 
 
 def test_the_page_has_a_row_for_every_network_and_every_promise() -> None:

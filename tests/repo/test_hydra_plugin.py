@@ -77,7 +77,7 @@ with initialize(config_path=None, version_base=None):
     print({group: loader.get_group_options(group) for group in loader.list_groups("")})
     print(loader.get_group_options("inq/schedule"))
     compose(overrides=[])
-    print("torch" in sys.modules, "inq_lightning" in sys.modules)
+    print("torch" in sys.modules, "inq_lightning.core" in sys.modules)
     print(compose(overrides=["+inq=default", "inq.bits=3"]).inq.bits)
     print(compose(overrides=["+callbacks=[inq]", "inq.bits=2"]).callbacks.inq.bits)
 """

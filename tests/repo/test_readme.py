@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from support import ROOT, TinyModule
+from support import ROOT, TESTS, TinyModule
 
 from inq_lightning.core.schedule import PRESETS
 from inq_lightning.recipes.config import INQConfig, ScheduleConfig, register_training
@@ -146,11 +147,16 @@ def test_the_examples_run(script: str, expected: str, tmp_path: Path) -> None:
 
 
 def test_every_line_of_the_compatibility_table_names_a_test() -> None:
-    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     lines = [line for line in (ROOT / "docs" / "compatibility.md").read_text().splitlines() if line.startswith("| ")]
     rows = [line for line in lines if not line.startswith("| feature |")]
     assert len(rows) > 40
     for row in rows:
-        name = re.search(r"`(test_\w+)` \|$", row)
-        assert name, row
-        assert f"def {name[1]}(" in tests, name[1]
+        assert re.search(r"`test_\w+` \|$", row), row
+
+
+def test_every_test_that_a_page_names_is_there() -> None:
+    modules = [ast.parse(path.read_text()) for path in TESTS.rglob("test_*.py")]
+    tests = {node.name for module in modules for node in module.body if isinstance(node, ast.FunctionDef)}
+    named = {path.name: set(re.findall(r"`(test_\w+)`", path.read_text())) for path in PAGES}
+    assert sum(map(len, named.values())) > 40
+    assert {page: missing for page, names in named.items() if (missing := names - tests)} == {}

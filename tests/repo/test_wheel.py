@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Of the checkout: a wheel built from it, a source distribution, and a wheel built from that."""
     folder = tmp_path_factory.mktemp("wheels")
     source = folder / "source"
-    shutil.copytree(ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(".*", "outputs", "multirun"))
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "outputs", "multirun"))
     for name, options in (("checkout", ["--wheel"]), ("sdist", [])):
         execute(folder, "-m", "build", *options, "--no-isolation", "--outdir", str(folder / name), str(source))
     found = {"checkout": "checkout/*.whl", "sdist": "sdist/*.whl", "archive": "sdist/*.tar.gz"}
@@ -39,8 +40,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def files(*suffixes: str) -> set[str]:
-    """What of the packages, and of the plugin that Hydra looks for, has to be in every distribution."""
-    folders = [ROOT / "inq_lightning", ROOT / "hydra_plugins"]
+    """What of the package, its configs, and the plugin that Hydra looks for, has to be in every distribution."""
+    folders = [ROOT / "inq_lightning", ROOT / "hydra_plugins", ROOT / "conf"]
     return {p.relative_to(ROOT).as_posix() for folder in folders for s in suffixes for p in folder.rglob(s)}
 
 
@@ -50,7 +51,7 @@ def test_the_wheel_holds_the_package_its_configs_its_type_marker_and_the_hydra_p
 ) -> None:
     with zipfile.ZipFile(built[origin]) as archive:
         names = archive.namelist()
-    expected = files("*.py", "*.yaml", "py.typed")
+    expected = {re.sub("^conf/", "inq_lightning/conf/", name) for name in files("*.py", "*.yaml", "py.typed")}
     assert {
         "inq_lightning/conf/train.yaml",
         "inq_lightning/py.typed",
@@ -111,4 +112,20 @@ def test_what_is_installed_finds_its_configs_outside_the_source_tree(built: dict
     assert "'bits': 4" in callback
     assert "'preset': '2bit'" in callback
     assert "'_target_': 'inq_lightning.recipes.classifier.Classifier'" in application
+    assert "'preset': '2bit'" in application
+
+
+def test_an_editable_install_finds_the_configs_where_the_checkout_has_them(
+    built: dict[str, Path], tmp_path: Path
+) -> None:
+    source = built["checkout"].parents[1] / "source"
+    execute(source, "-c", f"from hatchling.build import build_editable; build_editable({str(tmp_path)!r})")
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
+        (path,) = (name for name in archive.namelist() if ".dist-info/" not in name)
+        assert path.endswith(".pth")
+        added = archive.read(path).decode().strip()
+    code = COMPOSE.format(configs=str(ROOT / "examples" / "template_app" / "configs"))
+    callback, application, places = execute(tmp_path, "-c", code, PYTHONPATH=added).splitlines()
+    assert all(Path(place).is_relative_to(source) for place in places.split())
+    assert "'preset': '2bit'" in callback
     assert "'preset': '2bit'" in application

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from pytorch_lightning import Callback, Trainer
 
@@ -21,9 +21,14 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     return cast("list[Callback]", trainer.callbacks)  # type: ignore[attr-defined]
 
 
+def callbacks_named(trainer: Trainer, name: str) -> list[Any]:
+    """Its callbacks of a class of this name or derived from such a one, from whichever package."""
+    return [callback for callback in callbacks_of(trainer) if is_a(callback, name)]
+
+
 def is_a(thing: object, name: str) -> bool:
     """Whether a class of this name is among the bases of ``thing``, from whichever package."""
     return any(base.__name__ == name for base in type(thing).__mro__)
 
 
-__all__ = ["Callback", "callbacks_of", "is_a"]
+__all__ = ["Callback", "callbacks_named", "callbacks_of", "is_a"]

@@ -9,16 +9,19 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from inq_lightning._common import one_of
 from inq_lightning.core.coverage import Coverage
 from inq_lightning.core.layer import Layer
 from inq_lightning.core.options import Options, takes_options
 from inq_lightning.core.plan import Plan
 from inq_lightning.core.quantizer import Quantizer
-from inq_lightning.core.schedule import Length, Unit
+from inq_lightning.core.schedule import Length
 from inq_lightning.core.selection import Selection
-from inq_lightning.frontends.lightning import clock, guards
-from inq_lightning.frontends.lightning.base import Callback, callbacks_of
+from inq_lightning.frontends.lightning import clock, guards, record
+from inq_lightning.frontends.lightning.base import Callback
+from inq_lightning.frontends.lightning.drift import DriftWatch
+from inq_lightning.frontends.lightning.stopping import EarlyStoppingHold, forget_best
+
+_STOPPED = "was told to stop (trainer.should_stop), by a Timer, max_time or other code"
 
 
 class INQCallback(Callback):
@@ -42,11 +45,15 @@ class INQCallback(Callback):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
         self.options = Options(*args, **kwargs)
-        self._reset()
+        self._stopping = EarlyStoppingHold()
+        self._start_with(Quantizer(self.options))
 
-    def _reset(self) -> None:
-        self.quantizer = Quantizer(self.options)
+    def _start_with(self, quantizer: Quantizer) -> None:
+        self.quantizer = quantizer
+        self._drift = DriftWatch(quantizer)
+        self._hooked = False  # whether every optimizer takes a step hook
         self._bypassed = False  # whether weights may move after the last step hook
+        self._finished: Quantizer | None = None  # the run before, until another one trains
 
     # ---- what users ask ----------------------------------------------------------------------------------------------
 
@@ -112,8 +119,11 @@ class INQCallback(Callback):
         if stage == "fit":
             guards.check_setup(trainer, self)
             guards.show_rates_last(trainer)
-            self.quantizer.release()
-            self._reset()
+            self._release()
+            finished = self.quantizer if self.layers else self._finished
+            self._start_with(Quantizer(self.options))
+            self._finished = finished
+            record.RecordingIO.insert(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember learning rates and schedulers as they were configured, before a checkpoint changes them."""
@@ -122,15 +132,21 @@ class INQCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Select the weights, take up a checkpoint's state, and refuse a run that cannot reach portion 1."""
         self._begin(trainer, pl_module)
-        (rank_zero_warn if self.coverage.overlooked else rank_zero_info)(str(self.coverage))
+        if not self.coverage.overlooked:  # otherwise the engine has said it in a warning
+            rank_zero_info(str(self.coverage))
         self._fit_rates(trainer)
-        guards.hold_until_complete(trainer, self.quantizer.timetable, self.quantizer.origin)
-        held = self.quantizer.hold()
+        guards.check_averaging(trainer, self.quantizer.timetable, self.quantizer.origin)
+        if not self.quantizer.complete:
+            self._stopping.hold(trainer)
+        self._finished = None
+        self._drift.begin()
+        self._hooked = self.quantizer.hold()
         overridden = type(pl_module).optimizer_step.__qualname__ != "LightningModule.optimizer_step"
-        self._bypassed = overridden or not pl_module.automatic_optimization or not held
+        self._bypassed = overridden or not pl_module.automatic_optimization or not self._hooked
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise the quantized portion to where the schedule says, and log it."""
+        self._drift.before_epoch(pl_module)
         self.quantizer.attach(pl_module)
         self._advance(trainer, pl_module, 0)
         if self.quantizer.timetable.unit == "epoch":
@@ -138,17 +154,28 @@ class INQCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Raise the portion if its step has come, or if a resumed run has missed the epoch's start."""
+        batch_idx = trainer.fit_loop.batch_idx  # with training_step(dataloader_iter) the argument is the last batch's
+        self._drift.before_batch(pl_module, trainer.is_last_batch)
         if batch_idx == 0:  # a finetuning callback further down the list has had its turn now
             self.quantizer.attach(pl_module)
         self._advance(trainer, pl_module, batch_idx)
         if self.quantizer.timetable.unit == "step":
             self._log_state(pl_module, on_step=True, on_epoch=False)
         elif batch_idx == 0:  # the progress bar shows an epoch's value only at its end
-            pl_module.log("inq/quantized_fraction", self.quantized_fraction, prog_bar=True, logger=False, on_step=True)
+            pl_module.log(
+                "inq/quantized_fraction",
+                self.quantized_fraction,
+                prog_bar=True,
+                logger=False,
+                on_step=True,
+                batch_size=1,
+            )
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Zero the gradients of frozen weights, so that they count neither in clipping nor in momentum."""
         self.quantizer.mask_gradients()
+        if self._hooked:
+            self._drift.after_backward(pl_module, trainer.is_last_batch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -157,44 +184,65 @@ class INQCallback(Callback):
         if not self.quantizer.held() or self._bypassed:
             self.quantizer.restore()
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find frozen weights that something else has moved, before a checkpoint of the epoch is written."""
+        self._drift.look(pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate with frozen weights at their values, where something is known to move them."""
+        self._drift.before_evaluation(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put back frozen weights of layers that move them in their forward pass, before a checkpoint is written."""
+        self._drift.after_evaluation(pl_module)
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Verify that every selected weight is on its grid.
+        """Make sure that every selected weight is on its grid, and say what is left to do.
 
         Raises:
-            RuntimeError: Something has moved frozen weights behind the callback's back.
+            RuntimeError: Something has moved frozen weights since the last epoch. They have been put back, and a
+                checkpoint has been written.
         """
-        if self.quantizer.loaded and not self.layers:  # a completed run's checkpoint: there was nothing left to train
-            self._begin(trainer, pl_module)
-        self.quantizer.release()
-        self.quantizer.verify()
+        if not self.layers:
+            self._trained_nothing(trainer, pl_module)
+        self._release()
+        self._drift.finish(trainer)
         if self.layers and self.quantized_fraction < 1:
+            reason = f"; it {_STOPPED}" if trainer.should_stop else ""
             rank_zero_warn(
-                f"training ended with {self.quantized_fraction:.1%} of the selected weights quantized; resume it from "
-                "a checkpoint to finish the schedule"
+                f"training ended with {self.quantized_fraction:.1%} of the selected weights quantized{reason}; resume "
+                "it from a checkpoint to finish the schedule"
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave whole weights for a checkpoint; Lightning calls no other hook after an exception or Ctrl-C."""
         self.quantizer.restore()  # the interruption may lie between an update and its step hook
-        self.quantizer.release()
+        self._release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the optimizers."""
-        self.quantizer.release()
+        self._release()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Say in the checkpoint, under ``inq``, how much of its network is quantized.
+        """Say in the checkpoint, under ``inq``, how much of its network is quantized; see :meth:`write_record`."""
+        self.write_record(trainer, checkpoint)
 
-        ``quantized_fraction`` is a share of the selected weights; ``network_fraction`` one of all weights in matrices,
-        and ``fully_quantized`` whether that is all of them; ``left_out`` tells what else there is, and why.
+    def write_record(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        """Say in a checkpoint, under ``inq``, how much of the network in its ``state_dict`` is quantized.
+
+        See :func:`inq_lightning.frontends.lightning.record.of`.
         """
-        fraction, coverage = self.quantized_fraction, self.coverage
-        checkpoint["inq"] = {
-            "quantized_fraction": fraction,
-            "network_fraction": fraction * coverage.share,
-            "fully_quantized": fraction * coverage.share == 1.0,
-            "left_out": {one.name: one.reason for one in coverage.left_out},
-        }
+        if self.layers:
+            moved = self._drift.before_save(trainer.lightning_module, checkpoint["state_dict"], trainer.training)
+            checkpoint["inq"] = record.of(self.quantizer, moved)
+
+    @property
+    def state_key(self) -> str:
+        """The same in subclasses, so that they take up each other's checkpoints."""
+        return "INQCallback"
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain values and one packed mask for each parameter (1 bit a weight)."""
@@ -228,43 +276,36 @@ class INQCallback(Callback):
     def _advance(self, trainer: Trainer, pl_module: LightningModule, batch: int) -> None:
         unit = self.quantizer.timetable.unit
         now = clock.position(trainer, unit)
-        if self.quantizer.advance(pl_module, now) and self.quantizer.complete:
-            guards.forget_best(trainer)
+        if self.quantizer.advance(pl_module, now):
+            self._drift.expect()
+            if self.quantizer.complete:
+                self._stopping.release()
+                forget_best(trainer)
         part, parts = (batch // trainer.accumulate_grad_batches, clock.parts(trainer)) if unit == "epoch" else (0, 1)
         self.quantizer.follow_rates(now, part, parts, [config.scheduler for config in trainer.lr_scheduler_configs])
+
+    def _release(self) -> None:
+        self.quantizer.release()
+        self._stopping.release()
+
+    def _trained_nothing(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the state that there is: a checkpoint's, or the one of the run before."""
+        if self.quantizer.loaded:
+            self._begin(trainer, pl_module)
+        elif self._finished is not None and self._finished.describes(pl_module):
+            self._start_with(self._finished)
+        else:
+            reason = (
+                f"{_STOPPED} before the first batch"
+                if trainer.should_stop
+                else (
+                    f"had no batch to run, with limit_train_batches={trainer.limit_train_batches}, "
+                    f"max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps} and the data that it was given"
+                )
+            )
+            rank_zero_warn(f"nothing was trained, so INQCallback has quantized nothing: the Trainer {reason}")
 
     def _log_state(self, pl_module: LightningModule, **when: Any) -> None:
         for name, value in self.quantizer.metrics().items():
             bar = when["on_step"] and name == "inq/quantized_fraction"
             pl_module.log(name, value, prog_bar=bar, batch_size=1, **when)
-
-
-def phase_length(trainer: Trainer, unit: Unit = "step") -> int:
-    """How long a learning-rate schedule should last that begins anew with each phase, for ``configure_optimizers``.
-
-    Where phases differ it is the longest one: in the others the whole schedule is run in less time. Where nothing
-    begins anew, without an INQCallback or with ``restart_lr=False``, it is the whole run.
-
-    Args:
-        trainer: The module's Trainer.
-        unit: ``"step"`` for optimizer steps (batches under manual optimization), or ``"epoch"``.
-
-    Raises:
-        ValueError: Nothing says how long the run is, or see :meth:`~inq_lightning.Schedule.fit`.
-    """
-    one_of("unit", unit, Unit)
-    trainer.fit_loop.setup_data()
-    run, batches = clock.length(trainer), clock.parts(trainer)
-    phases = [
-        c.options.phases.fit(run) for c in callbacks_of(trainer) if isinstance(c, INQCallback) and c.options.restart_lr
-    ]
-    counted = phases[0].unit if phases else "epoch" if math.isfinite(run.epochs) else "step"
-    longest = max(phases[0].phase_lengths(run)[1:]) if phases else run.end(counted)
-    if not math.isfinite(longest) or (counted != unit and not math.isfinite(trainer.num_training_batches)):
-        raise ValueError(
-            f"nothing says how many {unit}s a phase of this run has: set the Trainer's max_epochs or max_steps, or "
-            "limit_train_batches where the data have no length"
-        )
-    if counted != unit:
-        longest = longest * batches if unit == "step" else longest / batches
-    return max(1, math.ceil(longest))

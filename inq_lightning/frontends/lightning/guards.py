@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from inq_lightning.core.schedule import Schedule
 from inq_lightning.frontends.lightning.base import callbacks_of, is_a
 
@@ -29,7 +27,7 @@ def check_setup(trainer: Trainer, own: Callback) -> None:
     check_strategy(trainer.strategy)
     for callback in callbacks_of(trainer):
         name = type(callback).__name__
-        if is_a(callback, type(own).__name__) and callback is not own:
+        if is_a(callback, "INQCallback") and callback is not own:
             raise ValueError(
                 "a Trainer takes one INQCallback: two would claim the same weights and the same place in checkpoints; "
                 "give layers different widths with layer_bits"
@@ -72,8 +70,8 @@ def check_strategy(strategy: object) -> None:
         )
 
 
-def hold_until_complete(trainer: Trainer, schedule: Schedule, origin: int) -> None:
-    """Let nothing stop or average before the last portion has begun.
+def check_averaging(trainer: Trainer, schedule: Schedule, origin: int) -> None:
+    """Let nothing average weights before the last portion has begun.
 
     Args:
         trainer: The Trainer, about to train.
@@ -86,11 +84,6 @@ def hold_until_complete(trainer: Trainer, schedule: Schedule, origin: int) -> No
     assert schedule.starts is not None
     complete = origin + schedule.starts[-1]
     for callback in callbacks_of(trainer):
-        if is_a(callback, "EarlyStopping"):
-            if schedule.unit == "epoch":
-                trainer.fit_loop.min_epochs = max(trainer.fit_loop.min_epochs or 0, complete + 1)
-            else:
-                trainer.fit_loop.epoch_loop.min_steps = max(trainer.fit_loop.min_steps or 0, complete + 1)
         if is_a(callback, "StochasticWeightAveraging"):
             begins = callback.swa_start  # type: ignore[attr-defined]
             if schedule.unit != "epoch" or begins <= complete:
@@ -99,18 +92,3 @@ def hold_until_complete(trainer: Trainer, schedule: Schedule, origin: int) -> No
                     f"quantized only from {schedule.unit} {complete} on, and averages of powers of two are none; let "
                     f"it begin later (swa_epoch_start={complete + 2}, as a whole number) or average before quantizing"
                 )
-
-
-def forget_best(trainer: Trainer) -> None:
-    """Let checkpoints of a monitored best begin anew: what was best so far is a network that was not yet quantized."""
-    for callback in callbacks_of(trainer):
-        if is_a(callback, "ModelCheckpoint") and callback.monitor is not None:  # type: ignore[attr-defined]
-            worst = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)  # type: ignore[attr-defined]
-            fresh: dict[str, object] = {
-                "best_k_models": {},
-                "best_model_path": "",
-                "kth_best_model_path": "",
-                "best_model_score": None,
-            }
-            for name, value in {**fresh, "kth_value": worst}.items():
-                setattr(callback, name, value)

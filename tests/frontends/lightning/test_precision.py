@@ -30,7 +30,8 @@ DTYPES = {
 }
 
 
-def fit(module: LightningModule, *callbacks: Callback, **options: Any) -> tuple[INQCallback, Witness]:
+def assert_fits_exactly(module: LightningModule, *callbacks: Callback, **options: Any) -> tuple[INQCallback, Witness]:
+    """In a whole run, no frozen weight moves by a bit, and all weights end on their grids."""
     callback = INQCallback(schedule=SCHEDULE)
     witness = Witness(callback)
     trainer(callback, witness, *callbacks, **options).fit(module)
@@ -43,7 +44,7 @@ def fit(module: LightningModule, *callbacks: Callback, **options: Any) -> tuple[
 @pytest.mark.parametrize("precision", DTYPES)
 def test_frozen_weights_stay_exact_in_every_precision(precision: Any, optimizer: str) -> None:
     module = TinyModule(OPTIMIZERS[optimizer])
-    callback, witness = fit(module, precision=precision)
+    callback, witness = assert_fits_exactly(module, precision=precision)
     assert witness.fractions[:4] == [0.5] * 4
     assert {w.dtype for w in weights(module, callback).values()} == {DTYPES[precision]}
 
@@ -57,7 +58,7 @@ def test_resuming_is_bit_identical_in_every_precision(precision: Any, tmp_path: 
 
     saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
     whole, resumed = module(), module()
-    fit(whole, saver, precision=precision, enable_checkpointing=True)
+    assert_fits_exactly(whole, saver, precision=precision, enable_checkpointing=True)
     callback = INQCallback(schedule=SCHEDULE)
     trainer(callback, precision=precision).fit(resumed, ckpt_path=tmp_path / "step=6.ckpt")
     assert_quantized(resumed, callback)
@@ -67,7 +68,7 @@ def test_resuming_is_bit_identical_in_every_precision(precision: Any, tmp_path: 
 
 def test_a_module_made_of_half_precision_layers_is_quantized_as_it_is() -> None:
     module = TinyModule(OPTIMIZERS["sgd-fused"]).to(torch.bfloat16)
-    callback, _ = fit(module)
+    callback, _ = assert_fits_exactly(module)
     assert {w.dtype for w in weights(module, callback).values()} == {torch.bfloat16}
 
 
@@ -76,11 +77,11 @@ def test_a_module_made_of_half_precision_layers_is_quantized_as_it_is() -> None:
 
 @pytest.mark.parametrize("batches", [2, 3])
 def test_accumulated_gradients_leave_frozen_weights_alone(batches: int) -> None:
-    fit(TinyModule(), accumulate_grad_batches=batches)
+    assert_fits_exactly(TinyModule(), accumulate_grad_batches=batches)
 
 
 def test_accumulation_that_changes_during_the_run_leaves_frozen_weights_alone() -> None:
-    fit(TinyModule(), GradientAccumulationScheduler({0: 1, 1: 2, 3: 4}))
+    assert_fits_exactly(TinyModule(), GradientAccumulationScheduler({0: 1, 1: 2, 3: 4}))
 
 
 class Before(Callback):
@@ -130,7 +131,7 @@ def test_clipping_by_value_clips_free_weights_and_leaves_frozen_ones() -> None:
 @pytest.mark.parametrize("options", [{"gradient_clip_val": 0.1}, {"gradient_clip_val": 0.01}])
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_clipped_runs_end_on_the_grid(algorithm: str, options: dict[str, float]) -> None:
-    fit(TinyModule(), gradient_clip_algorithm=algorithm, **options)
+    assert_fits_exactly(TinyModule(), gradient_clip_algorithm=algorithm, **options)
 
 
 # ---- infinities ------------------------------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ class Scaled(TinyModule):
 
 def test_steps_that_a_gradient_scaler_skips_leave_frozen_weights_exact() -> None:
     module = Scaled()
-    fit(module)
+    assert_fits_exactly(module)
     assert module.skipped == 4  # batch 1 of 4 in each of four epochs
     assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
 
@@ -247,14 +248,14 @@ class GAN(LightningModule):
 def test_both_networks_of_a_gan_are_quantized(backward: str) -> None:
     module = GAN(backward)
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
-    callback, _ = fit(module)
+    callback, _ = assert_fits_exactly(module)
     assert len(callback.layers) == 4
     assert not any(torch.equal(p, before[name]) for name, p in module.named_parameters() if name.endswith("bias"))
 
 
 def test_weights_clipped_after_the_optimizers_step_come_back_to_their_grid() -> None:
     # 0.13 lies below most levels, so that clipping moves frozen weights at every step.
-    fit(GAN(clip=0.13))
+    assert_fits_exactly(GAN(clip=0.13))
 
 
 def test_one_network_of_a_gan_can_be_left_out() -> None:
@@ -306,7 +307,7 @@ def momentum(p: Any) -> optim.Optimizer:
 def test_an_optimizer_that_takes_no_hooks_is_made_up_for_at_the_end_of_the_batch() -> None:
     with pytest.raises(AttributeError):
         Lookahead(momentum(TinyModule().parameters())).register_step_post_hook(lambda *args: None)
-    fit(TinyModule(lambda p: Lookahead(momentum(p))))
+    assert_fits_exactly(TinyModule(lambda p: Lookahead(momentum(p))))
 
 
 def test_a_hookless_optimizer_beside_an_ordinary_one_is_made_up_for_too() -> None:
@@ -315,7 +316,7 @@ def test_a_hookless_optimizer_beside_an_ordinary_one_is_made_up_for_too() -> Non
             first, second = super().configure_optimizers()
             return [first, Lookahead(second)]
 
-    fit(Mixed())
+    assert_fits_exactly(Mixed())
 
 
 @pytest.mark.parametrize("calls_optimizer", [False, True])
@@ -332,7 +333,7 @@ def test_an_optimizer_step_that_moves_weights_itself_leaves_frozen_ones(calls_op
 
     module = ByHand()
     before = module.net[0].bias.detach().clone()
-    fit(module)
+    assert_fits_exactly(module)
     assert not torch.equal(module.net[0].bias, before)
 
 
@@ -348,7 +349,7 @@ def test_an_optimizer_exchanged_during_the_run_leaves_frozen_weights_alone() -> 
                 assert not new._optimizer_step_post_hooks
                 trainer.optimizers = [new]
 
-    fit(TinyModule(), Exchange())
+    assert_fits_exactly(TinyModule(), Exchange())
 
 
 def test_a_configured_deep_copy_of_an_optimizer_leaves_frozen_weights_alone() -> None:
@@ -357,8 +358,8 @@ def test_a_configured_deep_copy_of_an_optimizer_leaves_frozen_weights_alone() ->
         return copy.deepcopy(old, {id(q): q for group in old.param_groups for q in group["params"]})
 
     module, plain = TinyModule(copied), TinyModule()
-    fit(module)
-    fit(plain)
+    assert_fits_exactly(module)
+    assert_fits_exactly(plain)
     assert same_bits(module.net[0].bias.detach(), plain.net[0].bias.detach())
 
 
@@ -378,7 +379,7 @@ def test_a_compiled_optimizer_step_leaves_frozen_weights_alone(backend: str) -> 
         optimizer.step = torch.compile(optimizer.step, fullgraph=False, backend=backend)
         return optimizer
 
-    fit(TinyModule(compiled))
+    assert_fits_exactly(TinyModule(compiled))
 
 
 @pytest.mark.parametrize("embeddings", [True, False])
