@@ -46,7 +46,7 @@ class LearningRates:
         self._schedulers = list(schedulers)
         self._restart = Restart(optimizers, schedulers)
         self._drivers: dict[int, Driver] = {}  # by the index of the scheduler
-        self._positions: Mapping[int, int | None] = {}  # a checkpoint's
+        self._saved: Mapping[int, Any] = {}  # a checkpoint's positions
 
     def fit(
         self, steps: Mapping[int, Mapping[str, float]], lengths: Sequence[float], gradual: bool = True
@@ -88,7 +88,7 @@ class LearningRates:
         drivers = [driver for driver in self._drivers.values() if id(driver.scheduler) in in_use]
         targets = [position(done, math.ceil(total), driver.spans[phase]) for driver in drivers]
         for driver, target in zip(drivers, targets, strict=True):
-            if driver.position is None or driver.position > target:  # resumed from a run without INQ, or shorter
+            if driver.position is None or driver.position > target:
                 self._restart(driver.scheduler)
                 driver.position = 0
         for driver, target in zip(drivers, targets, strict=True):
@@ -102,12 +102,14 @@ class LearningRates:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the states of optimizers and schedulers, as plain values."""
-        positions = {index: driver.position for index, driver in self._drivers.items()}
+        positions = {
+            index: {"position": driver.position, "spans": driver.spans} for index, driver in self._drivers.items()
+        }
         return {"positions": positions, "groups": self._restart.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` returned, before :meth:`fit`."""
-        self._positions = dict(state["positions"])
+        self._saved = state["positions"]
         self._restart.load_state_dict(state["groups"])
 
     def _fit(
@@ -136,7 +138,9 @@ class LearningRates:
                 fits=False,
             )
         if spans != own:
-            self._drivers[index] = Driver(scheduler, spans, self._positions.get(index))
+            saved = self._saved.get(index, {})  # none from a run without INQ; of no use from one of another length
+            position = saved["position"] if saved.get("spans") == spans else None
+            self._drivers[index] = Driver(scheduler, spans, position)
             made = f"spans the whole run of {run}" if max(spans) == run else f"lasts {max(spans)}"
             return Fit(f"{name} {made} {unit}s: its whole curve is run in {phases}.")
         if period := pace(curve):

@@ -283,15 +283,14 @@ def test_a_checkpoint_continues_where_the_scheduler_stands() -> None:
     assert scheduler.last_epoch == position(5, 10, RUN)
 
 
-@pytest.mark.parametrize("saved", [None, 39], ids=["without a position", "further on"])
-def test_a_position_that_is_not_this_runs_is_found_anew(saved: int | None) -> None:
-    """Resumed from a run without INQ, or from a shorter one."""
+@pytest.mark.parametrize("saved", [None, [0, 30, 30]], ids=["a run without INQ", "a shorter run"])
+def test_a_position_that_is_not_this_runs_is_found_anew(saved: list[int] | None) -> None:
     scheduler = s.CosineAnnealingLR(sgd(), RUN)
     rates = LearningRates([scheduler.optimizer], [scheduler])
     for _ in range(30):
         scheduler.step()
     if saved:
-        rates.load_state_dict({"positions": {0: saved}, "groups": [{}]})
+        rates.load_state_dict({"positions": {0: {"position": 20, "spans": saved}}, "groups": [{}]})
     rates.fit({id(scheduler): {"step": RUN}}, [0, 10, 30])
     rates.follow(2, 15, 30, [scheduler])
     assert scheduler.last_epoch == 20
