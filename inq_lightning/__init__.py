@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inq_lightning._version import __version__
+from inq_lightning._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from inq_lightning.core.frozen import FrozenWeight
@@ -47,7 +47,6 @@ __all__ = [
     "PowerOfTwoGrid",
     "Quantizer",
     "Schedule",
-    "__version__",
     "export_onnx",
     "find_grids",
     "fit_grid",
