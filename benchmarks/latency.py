@@ -25,10 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.sizes import export_float32
-from inq_lightning import PowerOfTwoGrid
+from inq_lightning import PowerOfTwoGrid, to_packed
 from inq_lightning.core.selection import select_parameters
 from inq_lightning.recipes.models import ResNetCIFAR, SmallCNN
-from inq_lightning.runtime.modules import to_packed
 
 BURST = 10
 Row = dict[str, Any]

@@ -25,9 +25,8 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor, nn
 
 from benchmarks.sizes import export_float32, fresh_process, status
+from inq_lightning import export_onnx, read_checkpoint, session_options
 from inq_lightning.core.selection import select_parameters
-from inq_lightning.formats.checkpoint import read_checkpoint
-from inq_lightning.formats.onnx import export_onnx, session_options
 from inq_lightning.grid import PowerOfTwoGrid
 from inq_lightning.recipes.data import DigitsDataModule, NpzDataModule
 from inq_lightning.recipes.models import ResNetCIFAR, SmallCNN
@@ -48,7 +47,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "MLP 1024-2048-2048-2048-10": (perceptron, (1024,)),
     "ResNet-20, 32×32": (lambda: ResNetCIFAR(20), (3, 32, 32)),
 }
-CONVOLUTIONAL = ("ResNet-20, 32×32",)  # nothing that speed=True would change
+CONVOLUTIONAL = ("ResNet-20, 32×32",)  # nothing that activations="int8" would change
 # By the first part of a trained network's name, such as "ResNet-20, CIFAR-10".
 TRAINED: dict[str, tuple[Callable[[], nn.Module], Callable[[str], LightningDataModule]]] = {
     "SmallCNN": (SmallCNN, lambda _: DigitsDataModule()),
@@ -90,7 +89,7 @@ class Case(NamedTuple):
 
     bits: int  # 32 for the float32 file
     mode: str
-    speed: bool
+    activations: str
     path: Path
     difference: float
 
@@ -103,14 +102,15 @@ def measure(name: str) -> Rows:
     with tempfile.TemporaryDirectory() as folder:
         floats = Path(folder) / "float32.onnx"
         export_float32(network, floats, shape)
-        cases = [Case(32, "default", False, floats, 0.0)]
+        cases = [Case(32, "default", "float", floats, 0.0)]
         for bits in BITS:
             network.load_state_dict(weights, strict=False)
             quantize(network, bits)
-            for speed in (False, True)[: 1 + (name not in CONVOLUTIONAL)]:
-                path = Path(folder) / f"{bits}-{speed}.onnx"
-                difference = export_onnx(network, path, example, speed=speed)
-                cases += [Case(bits, mode, speed, path, difference) for mode in (("fast",) if speed else MODES)]
+            for activations in ("float", "int8")[: 1 + (name not in CONVOLUTIONAL)]:
+                path = Path(folder) / f"{bits}-{activations}.onnx"
+                difference = export_onnx(network, path, example, activations=activations)
+                modes = ("fast",) if activations == "int8" else MODES
+                cases += [Case(bits, mode, activations, path, difference) for mode in modes]
         print(f"{name}: exported, now timing", flush=True)
         sessions = [session(case.path, case.mode) for case in cases]
         speeds = {batch: latencies(network, sessions, example[:batch]) for batch in (1, 64)}
@@ -121,7 +121,7 @@ def measure(name: str) -> Rows:
                 "network": name,
                 "bits": case.bits,
                 "mode": case.mode,
-                "speed": case.speed,
+                "activations": case.activations,
                 "size": case.path.stat().st_size / floats.stat().st_size,
                 "difference": case.difference,
                 **{f"batch_{batch}_ms": 1e3 * speeds[batch][i] for batch in speeds},

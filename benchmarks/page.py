@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sizes import ACCELERATORS
-from inq_lightning.formats.accelerator import FORMATS
+from inq_lightning.formats.accelerator import NUMBER_FORMATS
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent / "docs" / "benchmarks.md"
@@ -220,7 +220,7 @@ All networks fit into an ONNX file, which is of 2 GB at most.
     for network in sizes["networks"]:
         once = {name: size for row in network["rows"] for name, size in row["size"].items() if name in ACCELERATORS}
         for row in network["rows"]:
-            size = row["size"] | {name: mb for name, mb in once.items() if row["bits"] <= FORMATS[name].max_bits}
+            size = row["size"] | {name: mb for name, mb in once.items() if row["bits"] <= NUMBER_FORMATS[name].max_bits}
             kinds = ("float32", "zip", "packed", "entropy_coded", "onnx", *ACCELERATORS)
             cells = [f"{size[kind] / 1e6:.2f}" if kind in size else "–" for kind in kinds]
             rows.append((network["network"], row["bits"], *cells))
@@ -316,7 +316,8 @@ against the largest output. Each row is the middle one of three runs of `python 
         yield """
 Convolutions, and linear layers of fewer than 2^17 weights, decode their weights each time they run and then compute as
 float32 does; in somewhat larger ones, rounding the activations takes the time that their products save. At batch 1 such
-networks gain memory, not speed. In ONNX Runtime, a multilayer perceptron gains speed with `speed=True`, see below.
+networks gain memory, not speed. In ONNX Runtime, a multilayer perceptron gains speed with `activations="int8"`, see
+below.
 """
 
 
@@ -345,10 +346,10 @@ compared, not what INQ keeps: for that, ResNet-20 was trained and quantized for 
     yield """
 The graph itself takes some kilobytes, a part of the file that counts only where a network is as small as SmallCNN.
 
-Speed, one thread, as multiples of float32's in ONNX Runtime; in brackets against float32 torch. `S` is `speed=True`
-(MatMulNBits), whose activations are rounded to 8 bits; `exact` and `fast` decode the weights when the session is made,
-`low-memory` at each run. Loading is making a session, as a multiple of float32's time, memory by how much that raises
-the peak of the process.
+Speed, one thread, as multiples of float32's in ONNX Runtime; in brackets against float32 torch. `A8` is
+`activations="int8"` (MatMulNBits); `exact` and `fast` decode the weights when the session is made, `low-memory` at each
+run. Loading is making a session, as a multiple of float32's time, memory by how much that raises the peak of the
+process.
 """
     rows = []
     for row in onnx["networks"]:
@@ -357,7 +358,7 @@ the peak of the process.
             f"{base[key] / row[key]:.2f} × ({row[f'torch_{key}'] / row[key]:.2f} ×)"
             for key in ("batch_1_ms", "batch_64_ms")
         ]
-        name = "float32" if row["bits"] == 32 else f"{row['bits']}{' S' if row['speed'] else ''}"
+        name = "float32" if row["bits"] == 32 else f"{row['bits']}{' A8' if row['activations'] == 'int8' else ''}"
         difference = f"{row['difference']:.0e}" if row["bits"] != 32 else "–"
         load = f"{row['load_ms'] / base['load_ms']:.2f} ×"
         rows.append(

@@ -19,7 +19,6 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +27,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.networks import NETWORKS, build, randomize
-from inq_lightning import PowerOfTwoGrid
-from inq_lightning.formats.accelerator import save_accelerator
+from inq_lightning import PowerOfTwoGrid, export_onnx, fit_grid, load_packed, save_accelerator, save_packed
+from inq_lightning.core.layer import Layer
 from inq_lightning.formats.codec import pack, pack_entropy
-from inq_lightning.formats.layers import encode, fit_grid
-from inq_lightning.formats.onnx import export_onnx
-from inq_lightning.formats.packed import load_packed, save_packed
+from inq_lightning.grid.recognize import encode
 
 RESULTS = Path(__file__).with_suffix(".json")
 BITS = (2, 3, 4, 5)
 ACCELERATORS = {"mxfp4": 4, "fp8": 5}  # written at one bit width only: their files have the same size at all
 LARGE = 50_000_000  # weights from which on times are of one run, not medians of three, and zip is estimated
-
-
-@dataclass
-class Layer:
-    """What `INQCallback.layers` says of a weight."""
-
-    name: str
-    bits: int
-    n1: int | None
 
 
 @torch.no_grad()
@@ -59,7 +47,7 @@ def quantize(model: nn.Module, originals: Mapping[str, Tensor], bits: int) -> li
         parts = (torch.split(tensor.view(-1), 1 << 16) for tensor in (model.get_parameter(name), weight))
         for target, part in zip(*parts, strict=True):
             target.copy_(grid.quantize(part))
-        layers.append(Layer(name, bits, grid.n1))
+        layers.append(Layer(name, tuple(weight.shape), bits, grid))
     return layers
 
 
@@ -114,7 +102,7 @@ def measure_bits(
     selected = sum(w.numel() for w in originals.values())
     float32 = sum(t.nbytes for t in state.values())
     rest = sum(t.nbytes for name, t in state.items() if name not in originals)
-    order0 = sum(entropy(encode(PowerOfTwoGrid(x.n1, bits), model.get_parameter(x.name))) for x in layers)
+    order0 = sum(entropy(encode(x.grid, model.get_parameter(x.name))) for x in layers)
     paths = {kind: folder / f"{kind}.safetensors" for kind in ("float32", "packed", "entropy_coded")}
     save: dict[str, Callable[[], object]] = {
         "float32": lambda: save_file(state, paths["float32"]),

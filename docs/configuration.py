@@ -145,9 +145,11 @@ def keys(prefix: str, nodes: Mapping[str, DictConfig], leave_out: set[str]) -> l
 
 
 def documentation(node: DictConfig) -> Any:
-    """What documents a node's keys: its structured config, or else what it configures."""
+    """What documents a node's keys: its structured config or what that is derived from, or else what it configures."""
     config = OmegaConf.get_type(node)
-    if dataclasses.is_dataclass(config) and meanings(config):
+    if hasattr(config, "configured"):
+        return config.configured
+    if dataclasses.is_dataclass(config):
         return config
     target = node.get("_target_")
     return None if target is None else get_object(target)

@@ -14,33 +14,55 @@ if TYPE_CHECKING:
     from inq_lightning.core.quantizer import Quantizer
     from inq_lightning.core.schedule import PRESETS, Schedule
     from inq_lightning.core.selection import select_parameters
-    from inq_lightning.formats.onnx import export_onnx
-    from inq_lightning.formats.packed import load_packed, save_packed
-    from inq_lightning.frontends.lightning.callback import INQCallback
+    from inq_lightning.formats.accelerator import read_accelerator, save_accelerator
+    from inq_lightning.formats.checkpoint import read_checkpoint
+    from inq_lightning.formats.layers import find_grids
+    from inq_lightning.formats.onnx import export_onnx, read_onnx, session_options
+    from inq_lightning.formats.packed import load_packed, read_packed, save_packed
+    from inq_lightning.frontends.fabric import FabricINQ
+    from inq_lightning.frontends.huggingface import INQTrainerCallback
+    from inq_lightning.frontends.lightning.callback import INQCallback, phase_length
     from inq_lightning.frontends.lightning.monitor import INQMonitor
     from inq_lightning.frontends.lightning.progress import INQProgressBar
-    from inq_lightning.grid import PowerOfTwoGrid
+    from inq_lightning.frontends.loop import INQ
+    from inq_lightning.grid import PowerOfTwoGrid, fit_grid
+    from inq_lightning.report.inspection import inspect_file
     from inq_lightning.runtime.modules import to_packed
+    from inq_lightning.runtime.torchao import to_torchao
 
 if not Path(__file__).with_name("conf").joinpath("__init__.py").exists():  # a checkout has conf/ beside this folder
     __path__.append(str(Path(__file__).parents[1]))
 
 __all__ = [
+    "INQ",
     "PRESETS",
+    "FabricINQ",
     "FrozenWeight",
     "INQCallback",
     "INQMonitor",
     "INQProgressBar",
+    "INQTrainerCallback",
     "Options",
     "PowerOfTwoGrid",
     "Quantizer",
     "Schedule",
     "__version__",
     "export_onnx",
+    "find_grids",
+    "fit_grid",
+    "inspect_file",
     "load_packed",
+    "phase_length",
+    "read_accelerator",
+    "read_checkpoint",
+    "read_onnx",
+    "read_packed",
+    "save_accelerator",
     "save_packed",
     "select_parameters",
+    "session_options",
     "to_packed",
+    "to_torchao",
 ]
 
 _HOMES = {
@@ -49,13 +71,21 @@ _HOMES = {
     "core.quantizer": ["Quantizer"],
     "core.schedule": ["PRESETS", "Schedule"],
     "core.selection": ["select_parameters"],
-    "formats.onnx": ["export_onnx"],
-    "formats.packed": ["load_packed", "save_packed"],
-    "frontends.lightning.callback": ["INQCallback"],
+    "formats.accelerator": ["read_accelerator", "save_accelerator"],
+    "formats.checkpoint": ["read_checkpoint"],
+    "formats.layers": ["find_grids"],
+    "formats.onnx": ["export_onnx", "read_onnx", "session_options"],
+    "formats.packed": ["load_packed", "read_packed", "save_packed"],
+    "frontends.fabric": ["FabricINQ"],
+    "frontends.huggingface": ["INQTrainerCallback"],
+    "frontends.lightning.callback": ["INQCallback", "phase_length"],
     "frontends.lightning.monitor": ["INQMonitor"],
     "frontends.lightning.progress": ["INQProgressBar"],
-    "grid": ["PowerOfTwoGrid"],
+    "frontends.loop": ["INQ"],
+    "grid": ["PowerOfTwoGrid", "fit_grid"],
+    "report.inspection": ["inspect_file"],
     "runtime.modules": ["to_packed"],
+    "runtime.torchao": ["to_torchao"],
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,6 +36,21 @@ def import_extra(module: str, extra: str) -> Any:
             f"{package} is installed but fails to import ({type(error).__name__}: {error}); its build probably does "
             f"not match torch {torch.__version__}. Install a matching pair: {advice}"
         ) from error
+
+
+class LazyExtra:
+    """A module of an extra that is imported where it is first used, see :func:`import_extra`.
+
+    Args:
+        module: Full name of the module.
+        extra: Extra of inq-lightning that installs it.
+    """
+
+    def __init__(self, module: str, extra: str) -> None:
+        self._import = partial(import_extra, module, extra)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._import(), name)
 
 
 def one_of(option: str, value: object, allowed: Any) -> None:

@@ -72,7 +72,7 @@ def full(folder: Path) -> None:
     inq, net = callback(), module()
     run = trainer(inq, max_epochs=EPOCHS)
     run.fit(net)
-    report = Report.of(net, inq, {"accuracy": 0.5}, {f"metric {i}": 0.5 for i in range(100)}, 1.0)
+    report = Report.of(net, inq.layers, {"accuracy": 0.5}, {f"metric {i}": 0.5 for i in range(100)}, 1.0)
     run.save_checkpoint(folder / "good.ckpt", weights_only=False)
     report.write(folder / "report.json")
     with torch.no_grad():

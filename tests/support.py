@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from inq_lightning import INQCallback, PowerOfTwoGrid
+from inq_lightning.core.layer import Layer
 
 ROOT = Path(__file__).parents[1]  # of the repository
 TESTS = ROOT / "tests"
@@ -92,6 +93,11 @@ def weights(module: LightningModule, callback: INQCallback) -> dict[str, Tensor]
     """Copies of the selected weights."""
     parameters = {name.replace("_orig_mod.", ""): p for name, p in module.named_parameters(remove_duplicate=False)}
     return {layer.name: parameters[layer.name].detach().clone() for layer in callback.layers}
+
+
+def record(name: str, bits: int, n1: int | None) -> Layer:
+    """What `INQCallback.layers` says of a weight."""
+    return Layer(name, (), bits, PowerOfTwoGrid(n1, bits))
 
 
 def bits_of(tensor: Tensor) -> Tensor:

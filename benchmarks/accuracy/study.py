@@ -34,9 +34,12 @@ from inq_lightning import INQCallback, PowerOfTwoGrid, Schedule
 from inq_lightning.core.restart import LearningRateRestart
 from inq_lightning.formats.layers import find_grids
 from inq_lightning.recipes.classifier import Classifier
-from inq_lightning.recipes.config import TrainConfig
-from inq_lightning.recipes.train import build_trainer, plan_epochs
+from inq_lightning.recipes.config import TrainConfig, register_training
+from inq_lightning.recipes.stages import build_trainer
+from inq_lightning.recipes.start import plan_epochs
 from inq_lightning.report.plots import count_exponents
+
+register_training()
 
 
 @dataclass
@@ -173,7 +176,7 @@ def fit(
     """Train, or go on from the last epoch of an interrupted run, and evaluate."""
     history = History()
     last = ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
-    trainer = build_trainer(cfg, cfg.trainer, [*callbacks, history, last])
+    trainer = build_trainer(cfg, [*callbacks, history, last])
     interrupted = folder / "last.ckpt"
     trainer.fit(module, data, ckpt_path=interrupted if interrupted.exists() else None)
     weights = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
@@ -200,7 +203,7 @@ class Mistakes(Callback):
 def evaluate(cfg: DictConfig, module: LightningModule, data: LightningDataModule) -> dict[str, Any]:
     """Validation metrics and, unless it is a trial, test metrics; in float32, whatever the network was trained in."""
     mistakes = Mistakes()
-    trainer = build_trainer(cfg, OmegaConf.merge(cfg.trainer, {"precision": "32-true"}), [mistakes])
+    trainer = build_trainer(OmegaConf.merge(cfg, {"trainer": {"precision": "32-true"}}), [mistakes])
     metrics = trainer.validate(module, data, verbose=False)[0]
     if cfg.name.startswith(TRIAL):
         return {"metrics": metrics}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from inq_lightning.formats.accelerator import FORMATS, save_accelerator
-from inq_lightning.formats.checkpoint import Checkpoint, LayerRecord, read_checkpoint
-from inq_lightning.formats.onnx import export_onnx
-from inq_lightning.formats.packed import common_prefix, save_state_dict
+from inq_lightning.core.layer import Layer
+from inq_lightning.formats.checkpoint import read_checkpoint
+from inq_lightning.formats.contents import Contents
+from inq_lightning.formats.registry import FORMATS, Format
+from inq_lightning.formats.tensors import common_prefix, memory, untie
 
 _DESCRIPTION = """
 Writes the quantized network of a checkpoint as a file for inference.
@@ -41,21 +43,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        _check_options(options)
-        checkpoint = read_checkpoint(options.checkpoint)
-        print(_export_packed(checkpoint, options) if options.format == "packed" else _export_model(checkpoint, options))
+        print("\n".join(_export(FORMATS[options.format], options)))
     except (ValueError, OSError, ImportError) as error:
         parser.exit(1, f"inq-export: {error}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    formats = ["packed", "onnx", *FORMATS]
+    written = [target for target in FORMATS.values() if target.write]
+    formats = "\n".join(f"  {x.name:<8} {x.about} ({', '.join(x.suffixes)})" for x in written)
     parser = argparse.ArgumentParser(
-        "inq-export", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        "inq-export",
+        description=_DESCRIPTION,
+        epilog=f"formats:\n{formats}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", type=Path, help="a Lightning checkpoint, or a file with a state_dict")
     parser.add_argument("out", type=Path, help="the file to write")
-    parser.add_argument("--format", choices=formats, default="packed", help="default: packed, b bits a weight")
+    parser.add_argument("--format", choices=[x.name for x in written], default="packed", help="default: packed")
     parser.add_argument("--allow-partial", action="store_true", help="keep weights that are on no grid as they are")
     packed = parser.add_argument_group("packed")
     packed.add_argument("--entropy-coded", action="store_true", help="compress the codes to nearly their entropy")
@@ -65,58 +69,48 @@ def _parser() -> argparse.ArgumentParser:
     others = parser.add_argument_group("other formats")
     others.add_argument("--model", metavar="MODULE:FACTORY", help="what returns the network, called without arguments")
     others.add_argument("--input-shape", metavar="N,N,...", help="of an example input, batch first; for onnx")
-    others.add_argument("--speed", action="store_true", help="for onnx: faster linear layers, activations in 8 bits")
+    others.add_argument(
+        "--activations",
+        choices=["float", "int8"],
+        help="for onnx: int8 rounds the inputs of linear layers to 8 bits, which is faster; default: float",
+    )
     return parser
 
 
-def _check_options(options: argparse.Namespace) -> None:
-    """Refuse options that the format would ignore."""
-    given = {"packed": ("entropy_coded", "float_dtype"), "onnx": ("input_shape", "speed")}
-    wrong = [name for kind, names in given.items() if kind != options.format for name in names]
-    wrong += ["model"] if options.format == "packed" else []
-    for name in wrong:
-        if getattr(options, name):
-            raise ValueError(f"--{name.replace('_', '-')} has no meaning for --format {options.format}")
-
-
-def _export_packed(checkpoint: Checkpoint, options: argparse.Namespace) -> str:
-    saved = save_state_dict(
-        checkpoint.state_dict,
-        options.out,
-        layers=checkpoint.layers,
-        allow_partial=options.allow_partial,
-        float_dtype=getattr(torch, options.float_dtype) if options.float_dtype else None,
-        entropy_coded=options.entropy_coded,
-        schedule=checkpoint.schedule,
+def _export(target: Format, options: argparse.Namespace) -> list[str]:
+    """Write the file; returns what there is to tell."""
+    _check_options(target, options)
+    checkpoint = read_checkpoint(options.checkpoint)
+    source, layers, shape = (
+        (checkpoint.state_dict, checkpoint.layers, None) if target.of_tensors else _build(checkpoint, options)
     )
-    lines = [
-        _sizes(saved.bytes_before, options.out),
-        f"{saved.weights:,} quantized weights at {saved.bits_per_weight:.2f} bits, exponents and metadata included",
-    ]
-    if options.float_dtype:
-        lines.append(f"largest error of other tensors in {options.float_dtype}: {saved.float_error:.3g}")
-    if saved.off_grid:
-        lines.append(f"not quantized: {', '.join(saved.off_grid)}")
-    return "\n".join(lines)
+    values = {
+        "entropy_coded": options.entropy_coded,
+        "float_dtype": options.float_dtype and getattr(torch, options.float_dtype),
+        "schedule": checkpoint.schedule,
+        "inputs": shape and torch.randn(shape, generator=torch.Generator().manual_seed(0)),
+        "activations": options.activations or "float",
+    }
+    if "inputs" in target.options and not shape:
+        raise ValueError(f"{target.name} needs an example input: say --input-shape, such as 1,3,32,32")
+    taken = {name: values[name] for name in target.options}
+    assert target.write is not None  # _parser offers no other formats
+    told = target.write(source, options.out, layers=layers, allow_partial=options.allow_partial, **taken)
+    before, after = memory(untie(checkpoint.state_dict, {})[0].values()), options.out.stat().st_size
+    size = f"{options.out}: {after:,} bytes, {before:,} in memory before ({after / max(before, 1):.3f}x)"
+    return [size, *told]
 
 
-def _export_model(checkpoint: Checkpoint, options: argparse.Namespace) -> str:
-    model, layers, shape = _build(checkpoint, options)
-    before = sum(p.numel() * p.element_size() for p in [*model.parameters(), *model.buffers()])
-    partial = options.allow_partial
-    if options.format != "onnx":
-        save_accelerator(model, options.out, options.format, layers=layers, allow_partial=partial)
-        return _sizes(before, options.out)
-    if shape is None:
-        raise ValueError("ONNX needs an example input: say --input-shape, such as 1,3,32,32")
-    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    difference = export_onnx(model, options.out, inputs, layers=layers, allow_partial=partial, speed=options.speed)
-    return f"{_sizes(before, options.out)}\nlargest difference of an output to torch: {difference:.3g}"
+def _check_options(target: Format, options: argparse.Namespace) -> None:
+    """Refuse options that the format would ignore."""
+    taken = {"input_shape" if name == "inputs" else name for name in target.options}
+    taken |= set() if target.of_tensors else {"model"}
+    for name in ("entropy_coded", "float_dtype", "model", "input_shape", "activations"):
+        if getattr(options, name) and name not in taken:
+            raise ValueError(f"--{name.replace('_', '-')} has no meaning for --format {target.name}")
 
 
-def _build(
-    checkpoint: Checkpoint, options: argparse.Namespace
-) -> tuple[nn.Module, list[LayerRecord] | None, list[int] | None]:
+def _build(checkpoint: Contents, options: argparse.Namespace) -> tuple[nn.Module, list[Layer] | None, list[int] | None]:
     """The trained network, the records of its layers under its own names, and the shape of an input if known."""
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # the network may be of a module of the user's own, as under python -m
@@ -135,7 +129,7 @@ def _build(
         model.load_state_dict({name.removeprefix(prefix): value for name, value in checkpoint.state_dict.items()})
     except RuntimeError as error:
         raise ValueError(f"the checkpoint does not fit the network: {error}") from error
-    layers = checkpoint.layers and [x._replace(name=x.name.removeprefix(prefix)) for x in checkpoint.layers]
+    layers = checkpoint.layers and [replace(x, name=x.name.removeprefix(prefix)) for x in checkpoint.layers]
     return model.eval(), layers, shape
 
 
@@ -164,11 +158,6 @@ def _from_run(checkpoint: Path) -> tuple[nn.Module, list[int] | None]:
     model: nn.Module = instantiate(cfg.model, _convert_="all")
     size = cfg.data.get("image_size")
     return model, None if size is None else [1, cfg.data.in_channels, size, size]
-
-
-def _sizes(before: int, out: Path) -> str:
-    after = out.stat().st_size
-    return f"{out}: {after:,} bytes, {before:,} in memory before ({after / max(before, 1):.3f}x)"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """`inq-inspect`: which weights of a file lie on which grid, how they spread over it, and what that saves.
 
-Reads Lightning checkpoints, state_dicts, packed artifacts and the ONNX files of `inq-export`::
+Reads Lightning checkpoints, state_dicts, and all that `inq-export` writes::
 
     inq-inspect quantized.ckpt
     inq-inspect quantized.ckpt --reference pretrained.ckpt --plot exponents.png
@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inq_lightning._common import import_extra
-from inq_lightning.report.readers import inspect_file
+from inq_lightning._common import atomic, import_extra
+from inq_lightning.formats.registry import FORMATS
+from inq_lightning.report.inspection import inspect_file
+from inq_lightning.report.tables import inspection_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,8 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: The command line without the program's name; None for the process's own.
     """
-    parser = argparse.ArgumentParser("inq-inspect", description="Which weights of a file lie on which grid.")
-    parser.add_argument("file", help="a Lightning checkpoint, a state_dict, a packed artifact or an ONNX file")
+    formats = "\n".join(f"  {x.name:<11} {x.about} ({', '.join(x.suffixes)})" for x in FORMATS.values())
+    parser = argparse.ArgumentParser(
+        "inq-inspect",
+        description="Which weights of a file lie on which grid.",
+        epilog=f"files, told by their content:\n{formats}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", help="a checkpoint, a state_dict, or a file of inq-export")
     parser.add_argument("--reference", metavar="FILE", help="the full-precision checkpoint, for the SNR of each layer")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
     parser.add_argument("--plot", metavar="PNG", help="draw the layers' exponents into this file, too")
@@ -47,17 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(inspection.as_dict(), allow_nan=False))
         return
     console = import_extra("rich.console", "train").Console(width=None if sys.stdout.isatty() else _WIDE)
-    console.print(inspection.table())
+    console.print(inspection_table(inspection))
 
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure in the format that the file's name ends in; ``path`` appears only once it is complete."""
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with atomic(path) as partial:
         figure.savefig(partial, format=path.suffix[1:] or "png")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

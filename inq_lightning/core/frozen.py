@@ -54,7 +54,7 @@ class FrozenWeight:
         parameter: Tensor,
         bits: int = 5,
         underflow: Underflow = "nearest",
-        exponent: Exponent = "max",
+        exponent: Exponent = "auto",
     ) -> None:
         check_bits(bits)
         one_of("underflow", underflow, Underflow)
@@ -104,13 +104,25 @@ class FrozenWeight:
         self._kept += kept
         self.frozen += kept
 
-    def check(self) -> None:
+    def check(self) -> Grid:
         """Refuse weights that no grid can take; for a sharded parameter it is a collective call.
+
+        Returns:
+            The grid in force, or the one that the weights ask for now.
 
         Raises:
             ValueError: They contain nan or inf, or their dtype cannot hold the grid; the message names the parameter.
         """
-        self._fit(sharding.local(self.parameter))
+        return self._fit(sharding.local(self.parameter))
+
+    def lost(self, grid: Grid) -> float:
+        """Share of the weights other than zero that ``grid`` rounds to zero, 0 to 1, over all shards; collective."""
+        counts = torch.zeros(2, dtype=torch.int64, device=self.parameter.device)
+        for w in split(sharding.local(self.parameter)):
+            nonzero = w != 0
+            counts += torch.stack([nonzero.logical_and(grid.round(w) == 0).count_nonzero(), nonzero.count_nonzero()])
+        lost, some = map(int, sharding.sum_over_shards(counts, self.parameter))
+        return lost / max(1, some)
 
     def freeze(self, portion: float, partition: Partition = "magnitude", seed: int = 0) -> Rounding:
         """Round and freeze weights until round(portion · numel) are frozen; those frozen before count and stay.

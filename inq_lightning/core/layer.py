@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import nn
 
@@ -46,6 +47,12 @@ class Layer:
     def n2(self) -> int | None:
         """Exponent of the smallest level; None likewise."""
         return getattr(self.grid, "n2", None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values, the grid as its spec."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain = {"shape": list(self.shape), "grid": None if self.grid is None else self.grid.spec()}
+        return values | plain | {"numel": self.numel}
 
 
 def plain_name(name: str) -> str:

@@ -9,10 +9,10 @@ from typing import Any, Concatenate, ParamSpec, TypeAlias, get_type_hints
 
 from inq_lightning._common import one_of
 from inq_lightning.core.partition import Partition
+from inq_lightning.core.patterns import check_patterns, check_widths
 from inq_lightning.core.schedule import Schedule, default_preset
-from inq_lightning.core.selection import check_patterns
 from inq_lightning.grid import Exponent, Underflow
-from inq_lightning.grid.power_of_two import check_bits
+from inq_lightning.grid.power_of_two import check_bits, fit_rule
 
 P = ParamSpec("P")
 ScheduleLike: TypeAlias = Schedule | Mapping[int, float] | str | None
@@ -34,8 +34,8 @@ class Options:
         underflow: What becomes of weights below the smallest level: ``"nearest"`` or ``"truncate"``, see
             :class:`~inq_lightning.grid.PowerOfTwoGrid`.
         exponent: How each layer's grid is fitted when its first weights freeze: ``"max"``, by the largest weight (the
-            paper's equation 2), or ``"mse"``, by the least squared error, which 2 and 3 bits need; see
-            :meth:`~inq_lightning.grid.PowerOfTwoGrid.from_weights`.
+            paper's equation 2); ``"mse"``, by the least squared error; ``"auto"``, what suits the layer's bits:
+            ``"mse"`` at 2 to 4, ``"max"`` from 5 on. See :meth:`~inq_lightning.grid.PowerOfTwoGrid.from_weights`.
         include: Quantize only parameters that match one of these patterns, see
             :func:`~inq_lightning.select_parameters`.
         exclude: Leave out parameters that match one of these patterns.
@@ -59,7 +59,7 @@ class Options:
     _: KW_ONLY
     partition: Partition = "magnitude"
     underflow: Underflow = "nearest"
-    exponent: Exponent = "max"
+    exponent: Exponent = "auto"
     include: Sequence[str] | None = None
     exclude: Sequence[str] = ()
     layer_bits: Mapping[str, int] | None = None
@@ -80,8 +80,9 @@ class Options:
         one_of("partition", self.partition, Partition)
         one_of("underflow", self.underflow, Underflow)
         one_of("exponent", self.exponent, Exponent)
-        for name in ("include", "exclude", "layer_bits"):
-            check_patterns(name, getattr(self, name))
+        check_patterns("include", self.include)
+        check_patterns("exclude", self.exclude)
+        check_widths("layer_bits", self.layer_bits)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 31:
             raise ValueError(f"seed must be a whole number from 0 to {(1 << 31) - 1}, got {self.seed!r}")
         object.__setattr__(self, "exclude", self.exclude or ())
@@ -101,8 +102,15 @@ class Options:
         return [
             f"{name}: {saved[name]!r} in the checkpoint, {value!r} here"
             for name, value in here.items()
-            if name in saved and name not in _SHOWN and _ordered(saved[name]) != _ordered(value)
+            if name in saved and name not in _SHOWN and self._effect(name, saved[name]) != self._effect(name, value)
         ]
+
+    def _effect(self, name: str, value: Any) -> Any:
+        """What an option's value comes to, so that ``exponent="auto"`` resumes what one of its rules has begun."""
+        if name == "exponent":
+            return {bits: fit_rule(value, bits) for bits in (self.bits, *(self.layer_bits or {}).values())}
+        # The order of patterns counts, which equality of mappings overlooks.
+        return list(value.items()) if isinstance(value, Mapping) else value
 
 
 def takes_options(target: Callable[P, Options]) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:
@@ -119,11 +127,6 @@ def takes_options(target: Callable[P, Options]) -> Callable[[Callable[..., None]
         return init
 
     return decorate
-
-
-def _ordered(value: Any) -> Any:
-    """The order of patterns counts, which equality of mappings overlooks."""
-    return list(value.items()) if isinstance(value, Mapping) else value
 
 
 def _as_schedule(schedule: ScheduleLike, bits: int) -> Schedule:

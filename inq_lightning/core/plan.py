@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from inq_lightning._common import import_extra
+from inq_lightning.core.coverage import Coverage
 from inq_lightning.core.frozen import frozen_count
-from inq_lightning.core.layer import plain_name
+from inq_lightning.core.layer import Layer, plain_name
 from inq_lightning.core.schedule import Schedule, Unit
-from inq_lightning.core.selection import Selected
-from inq_lightning.report.metrics import BitsPerWeight
-
-if TYPE_CHECKING:
-    from rich.console import Group
+from inq_lightning.core.selection import Selected, Selection
+from inq_lightning.core.size import size_of
 
 
 @dataclass(frozen=True)
-class PlannedLayer:
+class PlannedLayer(Layer):
     """One parameter that will be quantized.
 
     Attributes:
-        name: Name of the parameter.
-        shape: Its shape.
-        bits: Code length of one weight.
-        numel: Number of weights.
-        kept: How many of them are zero already and stay so (``keep_zeros``); portions count the others.
-        frozen: How many are frozen once each phase has begun, kept zeros included; one number a phase.
+        kept: How many of its weights are zero already and stay so (``keep_zeros``); portions count the others.
+        counts: How many are frozen once each phase has begun, kept zeros included.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    bits: int
-    numel: int
-    kept: int
-    frozen: tuple[int, ...]
+    kept: int = 0
+    counts: tuple[int, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values; ``frozen`` has one number a phase."""
+        values = super().as_dict()
+        return values | {"frozen": list(values.pop("counts"))}
 
 
 @dataclass(frozen=True)
@@ -74,13 +67,14 @@ class FloatingTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will happen to a network, and when; :func:`dataclasses.asdict` makes plain JSON values of it.
+    """What will happen to a network, and when.
 
     Attributes:
         layers: The parameters that will be quantized, in the module's order.
         phases: The phases, in the order of time.
         unit: What the phases' starts count, ``"epoch"`` or ``"step"``.
         floating: The parameters that stay in floating point, in the module's order.
+        coverage: How much of the network's matrices of weights will be quantized, and why the others will not.
         bytes_before: Size of all parameters as they are in memory.
         bytes_after: The same with every quantized parameter at its bits a weight.
     """
@@ -89,11 +83,12 @@ class Plan:
     phases: tuple[PlannedPhase, ...]
     unit: Unit
     floating: tuple[FloatingTensor, ...]
+    coverage: Coverage
     bytes_before: int
     bytes_after: int
 
     @classmethod
-    def of(cls, module: nn.Module, selected: Sequence[Selected], schedule: Schedule, keep_zeros: bool = False) -> Plan:
+    def of(cls, module: nn.Module, selected: Selection, schedule: Schedule, keep_zeros: bool = False) -> Plan:
         """Work out the plan; nothing changes.
 
         Args:
@@ -108,15 +103,13 @@ class Plan:
         layers = tuple(_planned(s, schedule, keep_zeros) for s in selected)
         total = sum(layer.numel for layer in layers)
         starts: Sequence[int | None] = schedule.starts or [None] * len(schedule.portions)
-        frozen = [sum(counts) for counts in zip(*(layer.frozen for layer in layers), strict=True)]
+        frozen = [sum(counts) for counts in zip(*(layer.counts for layer in layers), strict=True)]
         widths = {layer.name: layer.bits for layer in layers}
-        before, after, floating = BitsPerWeight(), BitsPerWeight(), []
+        floating = []
         for name, parameter in module.named_parameters():
             name = plain_name(name)
             if isinstance(parameter, UninitializedParameter):
                 raise ValueError(f"{name} belongs to a lazy layer and has no size yet; run one batch through it first")
-            before.update(parameter.detach())
-            after.update(parameter.detach(), widths.get(name))
             if name not in widths:
                 floating.append(FloatingTensor(name, tuple(parameter.shape)))
         return cls(
@@ -127,47 +120,14 @@ class Plan:
             ),
             unit=schedule.unit,
             floating=tuple(floating),
-            bytes_before=(int(before.bits) + 7) // 8,
-            bytes_after=(int(after.bits) + 7) // 8,
+            coverage=selected.coverage,
+            bytes_before=size_of(module).bytes,
+            bytes_after=size_of(module, widths).bytes,
         )
 
-    def table(self) -> Group:
-        """The plan as tables for a terminal."""
-        table = import_extra("rich.table", "train").Table
-        escape = import_extra("rich.markup", "train").escape
-
-        layers = table(title="Selected layers")
-        zeros = any(layer.kept for layer in self.layers)
-        layers.add_column("layer", overflow="fold")
-        for column in ("shape", "bits", "weights", *(["zeros that stay"] if zeros else [])):
-            layers.add_column(column, justify="right")
-        for layer in self.layers:
-            kept = [f"{layer.kept:,}"] if zeros else []
-            layers.add_row(escape(layer.name), _shape(layer.shape), str(layer.bits), f"{layer.numel:,}", *kept)
-
-        phases = table(title="Phases")
-        for column in ("phase", f"begins at {self.unit}", "portion", "weights frozen", "of them new", "fraction"):
-            phases.add_column(column, justify="right")
-        before = 0
-        for number, phase in enumerate(self.phases, 1):
-            start = "?" if phase.start is None else str(phase.start)
-            counts = f"{phase.frozen:,}", f"{phase.frozen - before:,}", f"{phase.fraction:.6g}"
-            phases.add_row(str(number), start, f"{phase.portion:g}", *counts)
-            before = phase.frozen
-
-        # Biases and norms go without saying; a whole matrix or kernel that stays is worth its name.
-        large = [escape(tensor.name) for tensor in self.floating if len(tensor.shape) > 1]
-        size = table(title="Size of all parameters", show_header=False)
-        size.add_column("")
-        size.add_column("", justify="right", overflow="fold")
-        size.add_row("weights to quantize", f"{sum(layer.numel for layer in self.layers):,}")
-        size.add_row("in floating point", f"{sum(math.prod(tensor.shape) for tensor in self.floating):,}")
-        if large:
-            size.add_row("among these", ", ".join(large))
-        size.add_row("bytes before", f"{self.bytes_before:,}")
-        size.add_row("bytes after", f"{self.bytes_after:,}")
-        group: Group = import_extra("rich.console", "train").Group(layers, phases, size)
-        return group
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        return asdict(self) | {"layers": [layer.as_dict() for layer in self.layers]}
 
 
 def _planned(selected: Selected, schedule: Schedule, keep_zeros: bool) -> PlannedLayer:
@@ -176,8 +136,4 @@ def _planned(selected: Selected, schedule: Schedule, keep_zeros: bool) -> Planne
         pruned = weight if selected.pruning_mask is None else weight * selected.pruning_mask
         kept = int((pruned == 0).count_nonzero())
     counts = tuple(frozen_count(portion, numel, kept) for portion in schedule.portions)
-    return PlannedLayer(selected.name, tuple(weight.shape), selected.bits, numel, kept, counts)
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape))
+    return PlannedLayer(selected.name, tuple(weight.shape), selected.bits, kept=kept, counts=counts)

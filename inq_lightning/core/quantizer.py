@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,22 +12,31 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from inq_lightning.core import sharding, state
+from inq_lightning.core.coverage import Coverage, LeftOut
 from inq_lightning.core.frozen import FrozenWeight, Rounding
 from inq_lightning.core.layer import Layer, named_weights
+from inq_lightning.core.optimizers import check_optimizers
 from inq_lightning.core.options import Options
 from inq_lightning.core.plan import Plan
-from inq_lightning.core.restart import LearningRateRestart
+from inq_lightning.core.rates import Fit, LearningRates
+from inq_lightning.core.restart import OptimizerState
 from inq_lightning.core.schedule import Length, Schedule, Unit
-from inq_lightning.core.selection import Selected, select_parameters
+from inq_lightning.core.selection import Selection, select_parameters
+from inq_lightning.core.size import snr_db
+from inq_lightning.grid.power_of_two import fit_rule
+
+# Share of a layer's weights that its grid may round to zero without a word; by least error it is about half at 2 bits.
+_NEARLY_ALL = 0.9
 
 
 class Quantizer:
     """Rounds and freezes the weights of one module, phase by phase (Zhou et al., ICLR 2017, algorithm 1).
 
     A front end calls, in this order: :meth:`configure` with fresh optimizers, :meth:`load_state_dict` where a run
-    resumes, :meth:`attach` once the weights are in place, :meth:`begin`; then :meth:`advance` wherever a phase may
-    begin, :meth:`mask_gradients` after each backward pass and :meth:`restore` after each optimizer step, which
-    :meth:`hold` sees to; at the end :meth:`release` and :meth:`verify`.
+    resumes, :meth:`attach` once the weights are in place, :meth:`begin`, :meth:`fit_rates`; then :meth:`advance`
+    wherever a phase may begin, :meth:`follow_rates` before each optimizer step, :meth:`mask_gradients` after each
+    backward pass and :meth:`restore` after each optimizer step, which :meth:`hold` sees to; at the end :meth:`release`
+    and :meth:`verify`.
 
     With sharded parameters, attach, begin, advance, frozen_mask and state_dict are collective calls.
 
@@ -47,9 +56,13 @@ class Quantizer:
         self.phase = 0
         self.sqnr_db: float | None = None
         self.weights: dict[str, FrozenWeight] = {}
+        self._left_out: list[LeftOut] = []
         self._loaded: dict[str, Any] | None = None  # a checkpoint's state, until begin
         self._optimizers: Sequence[Optimizer] = ()
-        self._restart: LearningRateRestart | None = None
+        self._rates: LearningRates | None = None
+        self._rates_state: dict[str, Any] | None = None  # a checkpoint's, and what is left of them after release
+        self._lengths: list[float] = []  # of the time before the first phase and of each phase
+        self._optimizer_state: OptimizerState | None = None
         self._hooks: StepHooks | None = None
 
     # ---- what users ask ----------------------------------------------------------------------------------------------
@@ -66,6 +79,12 @@ class Quantizer:
         return [weight.layer for weight in self.weights.values()]
 
     @property
+    def coverage(self) -> Coverage:
+        """How much of the module is being quantized, and what is left out and why; nothing before :meth:`attach`."""
+        left_out = (one for one in self._left_out if one.name not in self.weights)
+        return Coverage.of(sum(weight.numel for weight in self.weights.values()), left_out)
+
+    @property
     def complete(self) -> bool:
         """Whether the last phase has begun."""
         return self.phase == len(self.timetable.portions)
@@ -74,6 +93,15 @@ class Quantizer:
     def loaded(self) -> bool:
         """Whether a checkpoint's state waits for :meth:`begin`."""
         return self._loaded is not None
+
+    def metrics(self) -> dict[str, float]:
+        """What loggers show, by name: the fraction, the phase, what rounding did to the group frozen last."""
+        values = {"inq/quantized_fraction": self.quantized_fraction, "inq/phase": float(self.phase)}
+        if self.sqnr_db is not None:
+            values["inq/sqnr_db"] = self.sqnr_db
+        if self.options.log_per_layer:
+            values |= {f"inq/quantized_fraction/{layer.name}": layer.frozen / layer.numel for layer in self.layers}
+        return values
 
     def frozen_mask(self, name: str) -> Tensor:
         """Which weights of a parameter are frozen: bool in its shape, see :meth:`INQCallback.frozen_mask`."""
@@ -85,8 +113,8 @@ class Quantizer:
         weight = self.weights[name]
         return sharding.full(weight.mask, weight.parameter)
 
-    def select(self, module: nn.Module) -> list[Selected]:
-        """The parameters of ``module`` that would be quantized, and at how many bits."""
+    def select(self, module: nn.Module) -> Selection:
+        """The parameters of ``module`` that would be quantized, and at how many bits; and what would not, and why."""
         options = self.options
         return select_parameters(
             module,
@@ -96,6 +124,7 @@ class Quantizer:
             layer_bits=options.layer_bits,
             embeddings=options.embeddings,
             pruned=options.keep_zeros,
+            optimizers=self._optimizers,
         )
 
     def plan(self, module: nn.Module, length: Length | None = None) -> Plan:
@@ -110,22 +139,36 @@ class Quantizer:
     # ---- a run -------------------------------------------------------------------------------------------------------
 
     def configure(self, optimizers: Sequence[Optimizer], schedulers: Sequence[Any] = ()) -> None:
-        """Remember optimizers and schedulers as they were configured, before a checkpoint changes them."""
+        """Remember optimizers and schedulers as they were configured, before a checkpoint changes them.
+
+        Raises:
+            ValueError: An optimizer moves weights where frozen ones cannot be held.
+        """
+        check_optimizers(optimizers)
         self._optimizers = optimizers
-        self._restart = LearningRateRestart(optimizers, schedulers) if self.options.restart_lr else None
+        self._rates = LearningRates(optimizers, schedulers) if self.options.restart_lr else None
+        self._optimizer_state = OptimizerState(optimizers) if self.options.reset_optimizer else None
 
     def attach(self, module: nn.Module) -> None:
-        """Take in all selected weights, those included that have become trainable since the last call."""
+        """Take in all selected weights, those included that are trained only since the last call.
+
+        Parameters that none of the optimizers holds are left alone, unless these hold nothing of the module.
+        """
         sharding.reshard(module)
-        for name, parameter, bits, pruning_mask in self.select(module):
+        selection = self.select(module)
+        self._left_out = selection.left_out
+        new = []
+        for name, parameter, bits, pruning_mask in selection:
             if name in self.weights:
                 continue
             weight = self.weights[name] = self._frozen_weight(name, parameter, bits)
-            if self._loaded is None:
-                if self.options.keep_zeros:
-                    weight.keep_zeros(pruning_mask)
-                if self.phase:
-                    self._freeze(weight)
+            new.append(weight)
+            if self._loaded is None and self.options.keep_zeros:
+                weight.keep_zeros(pruning_mask)
+        if self._loaded is None and self.phase:
+            self._check(new)
+            for weight in new:
+                self._freeze(weight)
 
     def begin(self, module: nn.Module, length: Length, position: Callable[[Unit], int]) -> None:
         """Fit the schedule to the run, then go on from a loaded state or begin where the run stands.
@@ -148,13 +191,33 @@ class Quantizer:
         # An open schedule was spread over the run that began.
         self.timetable = saved if schedule.starts is None and schedule.portions == saved.portions else schedule
         parameters = dict(named_weights(module))
+        later = {one.name for one in self._left_out if one.reason in ("frozen", "not optimized")}
         for name, layer in loaded["layers"].items():  # a finetuning callback has not made it trainable again yet
-            if name not in self.weights and name in parameters and not parameters[name].requires_grad:
+            if name in later:
                 self.weights[name] = self._frozen_weight(name, parameters[name], layer["bits"])
         state.check_fits(loaded, self.options, self.timetable, self.weights)
         self.timetable.fit(length, loaded["origin"])
         state.load(loaded, self.weights)
         self.phase, self.origin, self._loaded = loaded["phase"], loaded["origin"], None
+        self._rates_state = loaded["rates"]
+
+    def fit_rates(self, length: Length, steps: Mapping[int, Mapping[str, float]], gradual: bool = True) -> list[Fit]:
+        """Let each phase have a whole learning-rate schedule, see :class:`~inq_lightning.core.rates.LearningRates`.
+
+        Args:
+            length: How long the run is, from its very start.
+            steps: By the id of a scheduler, how many epochs or steps of the run it counts.
+            gradual: Whether it is known how many optimizer steps the phases have.
+
+        Returns:
+            What is done about each scheduler.
+        """
+        self._lengths = self.timetable.phase_lengths(length, self.origin)
+        if self._rates is None or length.trial or len([phase for phase in self._lengths if phase]) == 1:
+            return []
+        if self._rates_state is not None:
+            self._rates.load_state_dict(self._rates_state)
+        return self._rates.fit(steps, self._lengths, gradual)
 
     def advance(self, module: nn.Module, now: int) -> bool:
         """Begin the phase that the timetable asks for at epoch or step ``now``, unless it has begun: in all layers.
@@ -170,19 +233,30 @@ class Quantizer:
         if phase <= self.phase:
             return False
         sharding.reshard(module)
-        for weight in self.weights.values():
-            weight.check()  # all of them, so that an error leaves none frozen ahead of the others
+        self._check(self.weights.values())  # all of them, so that an error leaves none frozen ahead of the others
         self.phase = phase
         roundings = [self._freeze(weight) for weight in self.weights.values()]
-        if self._restart is not None:
-            self._restart()
-        if self.options.reset_optimizer:
-            for optimizer in self._optimizers:
-                optimizer.state.clear()
+        if self._rates is not None:
+            self._rates.begin_phase()
+        if self._optimizer_state is not None:
+            self._optimizer_state()
         signal, noise = (sum(sums) for sums in zip(*roundings, strict=True))
         if signal and noise:  # otherwise rounding has changed nothing, which no logger can draw
-            self.sqnr_db = 10 * math.log10(signal / noise)
+            self.sqnr_db = float(snr_db(signal, noise))
         return True
+
+    def follow_rates(self, now: int, part: int, parts: int, schedulers: Collection[Any]) -> None:
+        """Bring learning rates to where they belong, as far as they are fitted to the phases.
+
+        Args:
+            now: The epoch or step.
+            part: How many optimizer steps of it are done.
+            parts: How many it has.
+            schedulers: The schedulers in use.
+        """
+        if self._rates is not None and self._lengths:
+            done = now - int(sum(self._lengths[: self.phase]))
+            self._rates.follow(self.phase, done * parts + part, self._lengths[self.phase] * parts, schedulers)
 
     def mask_gradients(self) -> None:
         """Zero the gradients of frozen weights."""
@@ -211,7 +285,10 @@ class Quantizer:
         """Remove the hooks, and let go of optimizers and schedulers: not every one can be pickled."""
         if self._hooks is not None:
             self._hooks.remove()
-        self._hooks = self._restart = None
+        if self._rates is not None:
+            self._rates_state = self._rates.state_dict()
+            self._rates.release()
+        self._hooks = self._rates = self._optimizer_state = None
         self._optimizers = ()
 
     def verify(self) -> None:
@@ -247,6 +324,7 @@ class Quantizer:
                 "unit": self.timetable.unit,
             },
             "layers": {name: weight.state_dict() for name, weight in self.weights.items()},
+            "rates": self._rates.state_dict() if self._rates is not None else self._rates_state,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -255,6 +333,30 @@ class Quantizer:
 
     def _frozen_weight(self, name: str, parameter: nn.Parameter, bits: int) -> FrozenWeight:
         return FrozenWeight(name, parameter, bits, self.options.underflow, self.options.exponent)
+
+    def _check(self, weights: Iterable[FrozenWeight]) -> None:
+        """Refuse weights that cannot be rounded, and warn of those that rounding would wipe out."""
+        lost = {}
+        for weight in weights:
+            grid = weight.check()
+            if grid is not weight.grid and (share := weight.lost(grid)) > _NEARLY_ALL:
+                lost[weight.name] = f"{weight.name}: {share:.1%} ({weight.bits} bits)"
+        if lost and sharding.is_first_process():
+            warnings.warn(
+                "INQ rounds nearly all weights of these layers to zero, as their grids lie too high for them:\n  "
+                + "\n  ".join(lost.values())
+                + f"\nBetter: {self._remedies(lost)}",
+                stacklevel=2,
+            )
+
+    def _remedies(self, names: Iterable[str]) -> str:
+        """What keeps these layers from becoming zero."""
+        remedies = ["more bits for them, by layer_bits", "or leave them out, by exclude"]
+        if self.options.underflow == "truncate":
+            remedies.insert(0, 'underflow="nearest", which rounds at half of the smallest level')
+        if any(fit_rule(self.options.exponent, self.weights[name].bits) == "max" for name in names):
+            remedies.insert(0, 'exponent="mse", which fits a grid to all weights, not to the largest one')
+        return "; ".join(remedies)
 
     def _freeze(self, weight: FrozenWeight) -> Rounding:
         return weight.freeze(self.timetable.portions[self.phase - 1], self.options.partition, self.options.seed)

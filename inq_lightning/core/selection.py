@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
+from torch.optim import Optimizer
 
-from inq_lightning.core.layer import plain_name
+from inq_lightning.core.coverage import Coverage, LeftOut, Reason
+from inq_lightning.core.matrices import Matrix, find_matrices
+from inq_lightning.core.patterns import Patterns, check_patterns, check_widths
 from inq_lightning.grid.power_of_two import check_bits
 
 
@@ -31,6 +31,23 @@ class Selected(NamedTuple):
     pruning_mask: Tensor | None = None
 
 
+class Selection(list[Selected]):
+    """The selected parameters, in the module's order.
+
+    Attributes:
+        left_out: The other parameters of two or more dimensions, and why; without biases and norms of PyTorch's layers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left_out: list[LeftOut] = []
+
+    @property
+    def coverage(self) -> Coverage:
+        """How much of the module's matrices that is."""
+        return Coverage.of(sum(selected.parameter.numel() for selected in self), self.left_out)
+
+
 def select_parameters(
     module: nn.Module,
     bits: int = 5,
@@ -40,142 +57,130 @@ def select_parameters(
     layer_bits: Mapping[str, int] | None = None,
     embeddings: bool = False,
     pruned: bool = False,
-) -> list[Selected]:
-    """Select the weights to quantize, in the module's order.
+    trainable_only: bool = True,
+    optimizers: Sequence[Optimizer] = (),
+) -> Selection:
+    """Select the weights to quantize.
 
-    Candidates are the trainable weights of convolutions (transposed ones too), linear layers, multi-head attention
-    (its projections) and recurrent layers and cells; never biases or norms. A weight that several layers share comes
-    once, also where one of them is an embedding.
+    By default these are the trainable weights of convolutions (transposed ones too), linear layers, multi-head
+    attention (its projections), recurrent layers and cells, and of such layers of well-known libraries, as the
+    ``Conv1D`` of transformers; never biases or norms. With ``include``, whatever matches is taken instead, if it is a
+    floating-point parameter of two or more dimensions: of layers of your own, in a list of parameters, in an embedding.
 
-    A pattern is matched by :mod:`fnmatch` (``*`` also crosses dots) against the parameter's name (``net.fc.weight``)
-    and the layer's (``net.fc``).
+    A pattern that is the name of a parameter (``net.fc.weight``) or of its layer (``net.fc``) means just that. Any
+    other is matched with these names by :mod:`fnmatch`: ``*`` also crosses dots, and ``[`` for itself is written
+    ``[[]``. A weight that several layers share comes once, and a pattern finds it by each of its names.
 
     Args:
         module: The network.
         bits: Code length of a weight, 2 to 8.
-        include: Take only candidates that match one of these patterns; None takes all.
-        exclude: Leave out candidates that match one of these patterns.
+        include: Take what matches one of these patterns, and nothing else; None takes the default.
+        exclude: Leave out what matches one of these patterns.
         layer_bits: Another bit width for what matches a pattern; the last matching pattern counts.
-        embeddings: Whether embedding tables are candidates too.
+        embeddings: Whether embedding tables belong to the default too.
         pruned: Whether to take weights under :mod:`torch.nn.utils.prune`, as ``weight_orig`` with their masks.
+        trainable_only: Whether to leave out parameters that need no gradient.
+        optimizers: Leave out parameters that none of these holds, unless they hold none of the module's at all.
+
+    Returns:
+        The selection, which also tells what is left out.
 
     Raises:
         ValueError: A pattern matches nothing, a bit width is not allowed, a selected weight is computed from other
             parameters, or nothing is selected.
     """
     check_bits(bits)
-    for option, patterns in (("include", include), ("exclude", exclude), ("layer_bits", layer_bits)):
-        check_patterns(option, patterns)
-    widths = dict(layer_bits or {})
-    candidates = dict(_candidates(module, embeddings))
-    for option, given in (("include", include or ()), ("exclude", exclude), ("layer_bits", widths)):
-        _check_matches(option, given, candidates)
-
-    # A weight that is tied to another layer's bears the name that the module lists it under.
-    own_names = {id(p): plain_name(name) for name, p in module.named_parameters()}
-    selected = []
-    for candidate, layer in candidates.items():
-        if (include is not None and not _matches(candidate, include)) or _matches(candidate, exclude):
-            continue
-        name = candidate
-        weight, mask = name.rpartition(".")[2], None
-        parameter = layer._parameters.get(weight)
-        if parameter is None and pruned and f"{weight}_mask" in layer._buffers:
-            name, parameter, mask = (
-                f"{name}_orig",
-                layer._parameters[f"{weight}_orig"],
-                layer._buffers[f"{weight}_mask"],
-            )
-        if parameter is None:
-            raise ValueError(
-                f"{name} is computed from other parameters (weight_norm, spectral_norm, pruning or another "
-                "parametrization), so rounding them would not put it on a grid; make it a plain parameter first, with "
-                "torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm or prune.remove, or exclude "
-                "it; pruned weights can be quantized as they are with keep_zeros=True"
-            )
-        if isinstance(parameter, UninitializedParameter):
-            raise ValueError(
-                f"{name} belongs to a lazy layer and has no shape yet; run one batch through it before training the "
-                "module with INQ, or exclude it"
-            )
-        if not parameter.requires_grad:
-            continue
-        width = next((b for pattern, b in reversed(widths.items()) if _matches(candidate, [pattern])), bits)
-        selected.append(Selected(own_names.get(id(parameter), name), parameter, width, mask))
-    if not selected:
+    check_patterns("include", include)
+    check_patterns("exclude", exclude)
+    check_widths("layer_bits", layer_bits)
+    patterns, matrices, widths = Patterns(module), find_matrices(module), dict(layer_bits or {})
+    default = [m for m in matrices if m.kind == "layer" or (embeddings and m.kind == "embedding")]
+    wanted = default if include is None else [m for m in matrices if patterns.match(m.names, include)]
+    for option, given, among in (
+        ("include", include or (), matrices),
+        ("exclude", exclude, matrices),
+        ("layer_bits", widths, [*default, *wanted]),
+    ):
+        patterns.check(option, given, [m.names for m in among])
+    rules = _Rules(
+        wanted=set(wanted),
+        excluded={m for m in matrices if patterns.match(m.names, exclude)},
+        by_name=include is not None,
+        held=_held(optimizers, matrices),
+        trainable_only=trainable_only,
+    )
+    selection = Selection()
+    for m in matrices:
+        if rules.takes(m):
+            _check_plain(m, pruned)
+        reason = rules.against(m)
+        if reason is None and m.parameter is not None:
+            width = next((b for pattern, b in reversed(widths.items()) if patterns.match(m.names, [pattern])), bits)
+            selection.append(Selected(m.name, m.parameter, width, m.pruning_mask))
+        elif reason is not None and m.parameter is not None and m.counts:
+            selection.left_out.append(LeftOut(m.name, tuple(m.parameter.shape), reason, m.layer))
+    if not selection:
         raise ValueError(
             "no weight to quantize: the module has no trainable convolution, linear, attention or recurrent weight "
             "that include and exclude let through"
-            + (f"; candidates were {', '.join(candidates)}" if candidates else "")
+            + (f"; candidates were {', '.join(m.name for m in default)}" if default else "")
+            + "".join(f"\n  left out: {line}" for line in selection.coverage.lines())
         )
-    return selected
+    return selection
 
 
-def _candidates(module: nn.Module, embeddings: bool) -> Iterator[tuple[str, nn.Module]]:
-    """Names of the weights and the layers that own them; a shared weight comes once."""
-    seen: set[int] = set()
-    for path, layer in module.named_modules():
-        for weight in _weight_names(layer, embeddings):
-            parameter = layer._parameters.get(weight)
-            if parameter is None and not hasattr(layer, weight):
-                continue
-            if parameter is not None and id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            yield plain_name(f"{path}.{weight}".lstrip(".")), layer
+class _Rules(NamedTuple):
+    """What speaks for a matrix and against it."""
+
+    wanted: set[Matrix]
+    excluded: set[Matrix]
+    by_name: bool
+    held: set[int] | None
+    trainable_only: bool
+
+    def takes(self, matrix: Matrix) -> bool:
+        """Whether the user wants it, if only it can be had."""
+        return matrix in self.wanted and matrix not in self.excluded
+
+    def against(self, matrix: Matrix) -> Reason | None:
+        """Why it is left out; None where it is selected."""
+        if matrix in self.excluded:
+            return "excluded"
+        if self.by_name and matrix not in self.wanted:
+            return "not included"
+        if self.trainable_only and matrix.parameter is not None and not matrix.parameter.requires_grad:
+            return "frozen"
+        if self.held is not None and id(matrix.parameter) not in self.held:
+            return "not optimized"
+        if matrix in self.wanted:
+            return None
+        if matrix.computes is not None:
+            return "computed"
+        return "embedding" if matrix.kind == "embedding" else "own layer type"
 
 
-def _weight_names(layer: nn.Module, embeddings: bool) -> Iterable[str]:
-    """The attributes of ``layer`` that hold weight matrices or kernels."""
-    if isinstance(layer, (_ConvNd, nn.Linear, nn.Bilinear)):
-        return ("weight",)
-    if isinstance(layer, nn.MultiheadAttention):  # out_proj is a linear layer of its own
-        joint = layer.in_proj_weight is not None
-        return ("in_proj_weight",) if joint else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-    if isinstance(layer, nn.RNNBase):
-        return [name for name in layer._flat_weights_names if name.startswith("weight")]
-    if isinstance(layer, nn.RNNCellBase):
-        return ("weight_ih", "weight_hh")
-    if embeddings and isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
-        return ("weight",)
-    return ()
+def _held(optimizers: Sequence[Optimizer], matrices: Sequence[Matrix]) -> set[int] | None:
+    """Which parameters the optimizers hold, by id; None where they tell nothing about the module."""
+    groups = [group for optimizer in optimizers for group in getattr(optimizer, "param_groups", ())]
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    return None if held.isdisjoint(id(m.parameter) for m in matrices) else held
 
 
-def check_patterns(argument: str, patterns: object) -> None:
-    """Refuse what is no list of patterns; for ``layer_bits``, no mapping from patterns to bit widths.
+def _check_plain(matrix: Matrix, pruned: bool) -> None:
+    """Refuse a weight that rounding would not put on a grid, or that has no shape yet.
 
     Raises:
-        ValueError: ``patterns`` is none; the message names the argument.
+        ValueError: It is one; the message names it and says what to do.
     """
-    if patterns is None:
-        return
-    mapping = argument == "layer_bits"
-    fits = isinstance(patterns, Mapping if mapping else Sequence) and not isinstance(patterns, (str, bytes))
-    if not fits or not all(isinstance(pattern, str) for pattern in patterns):  # type: ignore[attr-defined]
-        hint = f"; write [{patterns!r}]" if isinstance(patterns, str) and not mapping else ""
-        kind = "a mapping pattern → bits, such as {'net.conv1': 8}" if mapping else "a list of patterns as text"
-        raise ValueError(f"{argument} must be {kind}, got {patterns!r}{hint}")
-    if isinstance(patterns, Mapping):
-        for pattern, bits in patterns.items():
-            try:
-                check_bits(bits)
-            except ValueError as error:
-                raise ValueError(f"layer_bits[{pattern!r}]: {error}") from error
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    layer = name.rpartition(".")[0]
-    return any(fnmatchcase(name, pattern) or fnmatchcase(layer, pattern) for pattern in patterns)
-
-
-def _check_matches(option: str, patterns: Iterable[str], names: Iterable[str]) -> None:
-    names = list(names)
-    for pattern in patterns:
-        if any(_matches(name, [pattern]) for name in names):
-            continue
-        known = [*names, *(name.rpartition(".")[0] for name in names)]
-        near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or names[:5]
+    if matrix.computes is not None and not (pruned and matrix.pruning_mask is not None):
         raise ValueError(
-            f"{option} pattern {pattern!r} matches no weight that can be quantized"
-            + (f"; near names: {', '.join(near)}" if near else "")
+            f"{matrix.computes} is computed from other parameters (weight_norm, spectral_norm, pruning or another "
+            "parametrization), so rounding them would not put it on a grid; make it a plain parameter first, with "
+            "torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm or prune.remove, or exclude "
+            "it; pruned weights can be quantized as they are with keep_zeros=True"
+        )
+    if isinstance(matrix.parameter, UninitializedParameter):
+        raise ValueError(
+            f"{matrix.name} belongs to a lazy layer and has no shape yet; run one batch through it before training the "
+            "module with INQ, or exclude it"
         )

@@ -82,6 +82,12 @@ def reduction(like: Tensor) -> Reduction:
     return Reduction(lambda partial: sum_over_shards(partial, like), lambda partial: max_over_shards(partial, like))
 
 
+def is_first_process() -> bool:
+    """Whether this process is the first of several, or the only one: the one that says things."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
 def reshard(module: nn.Module) -> None:
     """Make FSDP2 modules show their shards again, those that the optimizer sees, before weights are touched.
 

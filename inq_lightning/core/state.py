@@ -17,7 +17,7 @@ _STATE = {"phase": int, "origin": int, "schedule": dict, "layers": dict}
 _LAYER = {"shape": list, "bits": int, "underflow": str, "frozen": int, "kept": int, "mask": Tensor}
 _NONE = type(None)
 # What each version has besides: version 1 did not keep the options, and of a grid only n1.
-_STATE_OF: dict[Any, dict[str, Any]] = {1: {}, 2: {"options": dict}}
+_STATE_OF: dict[Any, dict[str, Any]] = {1: {}, 2: {"options": dict, "rates": (dict, _NONE)}}
 _LAYER_OF: dict[Any, dict[str, Any]] = {1: {"n1": (int, _NONE)}, 2: {"grid": (dict, _NONE)}}
 
 
@@ -26,7 +26,8 @@ def check(state: Any) -> dict[str, Any]:
 
     Returns:
         The state as this version writes it: ``options`` (those that were kept), ``phase``, ``origin``, ``schedule``
-        (arguments of :class:`~inq_lightning.Schedule`) and ``layers`` (states of
+        (arguments of :class:`~inq_lightning.Schedule`), ``rates`` (of
+        :class:`~inq_lightning.core.rates.LearningRates`, or None) and ``layers`` (states of
         :class:`~inq_lightning.FrozenWeight` by name).
 
     Raises:
@@ -91,7 +92,7 @@ def _from_version_1(state: Mapping[str, Any]) -> dict[str, Any]:
         grid = {"kind": "power_of_two", "n1": layer["n1"], "bits": layer["bits"], "underflow": layer["underflow"]}
         layers[name] = {key: value for key, value in layer.items() if key != "n1"}
         layers[name]["grid"] = grid if layer["frozen"] else None
-    return {**state, "version": VERSION, "options": {}, "layers": layers}
+    return {**state, "version": VERSION, "options": {}, "rates": None, "layers": layers}
 
 
 def _damages(state: Any, version: int) -> list[str]:

@@ -1,64 +1,105 @@
-"""What a checkpoint tells about a quantized network, without the code that trained it."""
+"""Checkpoints of Lightning and state_dicts: what they hold, without the code that trained it."""
 
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+import pickle
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from inq_lightning.core import state as saved_state
+from inq_lightning.core.frozen import unpack_mask
+from inq_lightning.core.layer import Layer, plain_name
 from inq_lightning.core.schedule import Schedule
+from inq_lightning.formats import accelerator, packed
+from inq_lightning.formats.contents import Contents
+from inq_lightning.formats.tensors import read_head
+from inq_lightning.grid import from_spec
 
 
-class LayerRecord(NamedTuple):
-    """What a checkpoint says about one quantized parameter.
+def recognizes(head: bytes) -> bool:
+    """Whether a file that begins like this may be a checkpoint or a state_dict, of torch or of safetensors."""
+    zipped, pickled = head[:4] == b"PK\x03\x04", head[:1] == b"\x80"  # the latter by older versions of torch
+    return zipped or pickled or (_is_safetensors(head) and not any(x.recognizes(head) for x in (accelerator, packed)))
 
-    Attributes:
-        name: Name of the parameter.
-        bits: Code length of one weight.
-        n1: Exponent of the largest level; None for a layer of zeros.
+
+def _is_safetensors(head: bytes) -> bool:
+    return head[8:9] == b"{"  # the bytes before are its header's length, and may be anything
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Load what `torch.save` or safetensors has written, as it is; no code in it is run.
+
+    Raises:
+        ValueError: The file is damaged, holds what only code could restore, or is neither.
+        OSError: There is no such file.
     """
+    head = read_head(path)
+    if not recognizes(head):
+        raise ValueError(f"{path} cannot be read as a checkpoint or a state_dict: it is neither")
+    try:
+        if _is_safetensors(head):
+            return load_file(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: it holds objects that only code could restore, which is not run "
+            "here; save the network's state_dict alone, or its checkpoint without such hyperparameters"
+        ) from error
+    except Exception as error:  # of zip archives, of pickles, of safetensors
+        raise ValueError(f"{path} cannot be read as a checkpoint: it is damaged: {error}") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint or a state_dict")
+    return checkpoint
 
-    name: str
-    bits: int
-    n1: int | None
 
-
-class Checkpoint(NamedTuple):
-    """What :func:`read_checkpoint` returns.
-
-    Attributes:
-        state_dict: The tensors, by the names that the trained module gives them.
-        layers: One record for each quantized parameter; None where the file tells only the weights.
-        schedule: What the network was quantized under; None likewise.
-    """
-
-    state_dict: dict[str, Tensor]
-    layers: list[LayerRecord] | None
-    schedule: Schedule | None
-
-
-def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def read_checkpoint(path: str | os.PathLike[str]) -> Contents:
     """Read a Lightning checkpoint or a saved state_dict; no code in it is run.
+
+    Only a checkpoint with the state of `INQCallback` tells layers, schedule and phase.
 
     Raises:
         ValueError: The file is neither, or is damaged.
         OSError: There is no such file.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint or a state_dict: {error}") from error
-    weights = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
-    if not isinstance(weights, dict) or not any(isinstance(value, Tensor) for value in weights.values()):
+    checkpoint = load_checkpoint(path)
+    kind = "checkpoint" if "state_dict" in checkpoint else "state_dict"
+    tensors = dict(checkpoint["state_dict"] if kind == "checkpoint" else checkpoint)
+    weights = {plain_name(name): value for name, value in tensors.items() if isinstance(value, Tensor)}
+    if not weights:
         raise ValueError(f"{path} holds no weights: it is neither a Lightning checkpoint nor a state_dict")
-    state = checkpoint.get("callbacks", {}).get("INQCallback") if weights is not checkpoint else None
+    state = checkpoint.get("callbacks", {}).get("INQCallback") if kind == "checkpoint" else None
     if not state:
-        return Checkpoint(weights, None, None)
-    schedule = saved_state.check(state)
-    layers = [LayerRecord(name, layer["bits"], layer["n1"]) for name, layer in state["layers"].items()]
-    return Checkpoint(weights, layers, schedule)
+        return Contents(kind, weights)
+    try:
+        state = saved_state.check(state)
+        masks = {name: _mask(name, layer, weights) for name, layer in state["layers"].items()}
+        layers = [_layer(name, layer) for name, layer in state["layers"].items()]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return Contents(kind, weights, layers, [], masks, schedule=Schedule(**state["schedule"]), phase=state["phase"])
+
+
+def _layer(name: str, state: Mapping[str, Any]) -> Layer:
+    grid = None if state["grid"] is None else from_spec(state["grid"])
+    return Layer(name, tuple(state["shape"]), state["bits"], grid, state["frozen"])
+
+
+def _mask(name: str, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Tensor:
+    """Which of a layer's weights the callback has frozen."""
+    if name not in weights:
+        raise ValueError(f"the INQ state names {name}, which the file's state_dict lacks")
+    shape = weights[name].shape
+    mask = unpack_mask(state["mask"], shape)
+    if list(shape) != state["shape"] or int(mask.count_nonzero()) != state["frozen"]:
+        raise ValueError(
+            f"the INQ state has {state['frozen']} frozen weights of {state['shape']} in {name}, the file "
+            f"{int(mask.count_nonzero())} of {list(shape)}; they do not belong together"
+        )
+    return mask

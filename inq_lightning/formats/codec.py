@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from inq_lightning._common import import_extra
+from inq_lightning.core.size import bytes_at
 from inq_lightning.grid.power_of_two import check_bits
 
 _CHUNK = 1 << 17  # codes at a time: intermediate results stay in the cache, and torch starts no threads for them
@@ -49,7 +50,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         ValueError: A code lies outside the grid, or ``bits`` is none.
     """
     flat = _flat(codes, bits)
-    packed = flat.new_empty(packed_size(flat.numel(), bits), dtype=torch.uint8)
+    packed = flat.new_empty(bytes_at(flat.numel(), bits), dtype=torch.uint8)
     largest = 1 << bits - 2
     for start, chunk in _chunks(flat):
         # Eight codes to a word, one a byte; no step below carries from one byte into the next.
@@ -84,9 +85,9 @@ def unpack(packed: Tensor, bits: int, numel: int) -> Tensor:
             or has padding bits that are not 0.
     """
     check_bits(bits)
-    if packed.dtype != torch.uint8 or packed.shape != (packed_size(numel, bits),):
+    if packed.dtype != torch.uint8 or packed.shape != (bytes_at(numel, bits),):
         raise ValueError(
-            f"{numel} codes of {bits} bits take {packed_size(numel, bits)} bytes as 1-D uint8, got {packed.dtype} of "
+            f"{numel} codes of {bits} bits take {bytes_at(numel, bits)} bytes as 1-D uint8, got {packed.dtype} of "
             f"shape {tuple(packed.shape)}"
         )
     if numel * bits % 8 and int(packed[-1]) >> numel * bits % 8:
@@ -94,7 +95,7 @@ def unpack(packed: Tensor, bits: int, numel: int) -> Tensor:
     codes = packed.new_empty(numel, dtype=torch.int8)
     for start, chunk in _chunks(codes):
         begin = start * bits // 8
-        stream = packed[begin : begin + packed_size(chunk.numel(), bits)]
+        stream = packed[begin : begin + bytes_at(chunk.numel(), bits)]
         stream = pad(stream, (0, -stream.numel() % bits)).view(-1, bits)
         wide = stream.new_zeros(stream.shape[0], 8)
         wide[:, :bits] = stream
@@ -110,11 +111,6 @@ def unpack(packed: Tensor, bits: int, numel: int) -> Tensor:
         word = (magnitude ^ negative * 0xFF) + negative
         chunk.copy_(word.view(torch.int8)[: chunk.numel()])
     return codes
-
-
-def packed_size(numel: int, bits: int) -> int:
-    """How many bytes ``numel`` codes of ``bits`` bits take."""
-    return (numel * bits + 7) // 8
 
 
 def pack_entropy(codes: Tensor, bits: int) -> Tensor:

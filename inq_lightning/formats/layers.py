@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from inq_lightning.core.layer import Layer, named_weights, plain_name
 from inq_lightning.core.selection import select_parameters
+from inq_lightning.formats.tensors import FLOATS
 from inq_lightning.grid import Grid, PowerOfTwoGrid, fit_grid
 from inq_lightning.grid.recognize import holds
 
@@ -91,19 +91,16 @@ def check_complete(grids: Mapping[str, Grid | None], allow_partial: bool = False
 
 def _selected(model: nn.Module) -> tuple[set[str], set[str]]:
     """Names of the weights that INQ quantizes by default, and of those that it does when asked."""
-    parameters = list(model.parameters())
-    trainable = [p.requires_grad for p in parameters]
-    for p in parameters:
-        p.requires_grad_(True)  # a frozen backbone is as quantized as the rest
-    try:
-        required = {s.name for s in select_parameters(model)}
-        return required, {s.name for s in select_parameters(model, embeddings=True)} - required
-    finally:
-        for p, was in zip(parameters, trainable, strict=True):
-            p.requires_grad_(was)
+
+    def names(embeddings: bool) -> set[str]:
+        # A frozen backbone is as quantized as the rest; what another method has made integers is no weight of ours.
+        selected = select_parameters(model, embeddings=embeddings, trainable_only=False)
+        return {s.name for s in selected if s.parameter.is_floating_point()}
+
+    required = names(embeddings=False)
+    return required, names(embeddings=True) - required
 
 
 def _looks_like_weights(name: str, tensor: Tensor) -> bool:
     name = name.rpartition(".")[2]
-    floating = tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    return floating and tensor.dim() > 1 and (name.startswith("weight") or name.endswith("weight"))
+    return tensor.dtype in FLOATS and tensor.dim() > 1 and (name.startswith("weight") or name.endswith("weight"))

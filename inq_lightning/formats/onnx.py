@@ -1,39 +1,51 @@
-"""ONNX files whose quantized weights stay small: codes in the smallest type that ONNX Runtime executes."""
+"""ONNX files whose quantized weights stay small: codes in the smallest type that ONNX Runtime executes.
+
+The metadata of a file have, as JSON under ``inq_lightning``, the spec of each quantized weight's grid; files of the
+first releases, which are still read, have its ``bits`` and ``n1``.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
-import logging
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import os
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from inq_lightning._common import import_extra
-from inq_lightning.formats.layers import LayerGrid, encode, find_grids
-from inq_lightning.grid import PowerOfTwoGrid
+from inq_lightning._common import LazyExtra, atomic, import_extra, one_of
+from inq_lightning.core.layer import Layer
+from inq_lightning.formats.contents import Contents
+from inq_lightning.formats.graph import OPSET, Array, Weight, as_examples, initializer, is_linear, trace
+from inq_lightning.formats.layers import find_grids
+from inq_lightning.grid import Grid, from_spec
+from inq_lightning.grid.base import largest_multiple, table_order
 
 SessionMode = Literal["exact", "low-memory", "fast"]
-Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+Activations = Literal["float", "int8"]
 
-OPSET, IR_VERSION = 21, 10  # the first with 4-bit types
+IR_VERSION = 10  # of OPSET
 OPSET_INT2, IR_VERSION_INT2 = 25, 13
 METADATA_KEY = "inq_lightning"
 
-# Bits → the type that DequantizeLinear takes, and the exponent of its largest power of two in use. The magnitudes of 5
-# to 7 bits are powers of two of 8-bit floats, down to their subnormal numbers.
-DEQUANTIZED = {2: ("INT2", 0), 3: ("INT4", 1), 5: ("FLOAT8E4M3FN", 8), 6: ("FLOAT8E4M3FN", 8), 7: ("FLOAT8E5M2", 15)}
-# Bits → the type of the codes where none of those holds the magnitudes; a table has them.
-_LOOKED_UP = {4: "UINT4", 8: "UINT8"}
+# Bits of a type → the types that DequantizeLinear takes, and the one of the codes where a table has the levels.
+DEQUANTIZED = {2: ["INT2"], 4: ["INT4"], 8: ["FLOAT8E4M3FN", "FLOAT8E5M2"]}
+LOOKED_UP = {4: "UINT4", 8: "UINT8"}
+# Exponent of the largest power of two that is used of a floating-point type. The magnitudes of 5 to 7 bits are its
+# powers of two, down to its subnormal numbers.
+_HIGHEST = {"FLOAT8E4M3FN": 8, "FLOAT8E5M2": 15}
 
 # Bits → those of the integers that MatMulNBits multiplies, and its fastest block of them.
 _PLANES = {2: (2, 128), 3: (4, 256), 4: (8, 128), 5: (4, 256)}
 _INT8_ACTIVATIONS = 4  # its accuracy_level
+
+ir, onnx, ort = (LazyExtra(module, "export") for module in ("onnx_ir", "onnx", "onnxruntime"))
+passes = LazyExtra("onnx_ir.passes.common", "export")
 
 # DequantizeLinear is folded only where it is not kept for quantized operators; those would round activations, too.
 _EXACT = {"session.disable_quant_qdq": "1"}
@@ -51,40 +63,14 @@ _SESSION_ENTRIES: dict[str, dict[str, str]] = {
 }
 
 
-class _Weight(NamedTuple):
-    """A quantized weight, and the factors of a batch normalization that is folded into it.
-
-    Attributes:
-        codes: int8, in the weight's shape.
-        grid: What the codes stand for.
-        factors: float32, one for each index of ``axis``; () without a norm.
-        axis: The axis of the outputs.
-    """
-
-    codes: Array
-    grid: PowerOfTwoGrid
-    factors: Array = np.float32(1).reshape(())
-    axis: int = 0
-
-    def scale(self, exponent: int = 0) -> Array:
-        """What integers in units of 2^exponent are multiplied with: 2^(n2 - exponent), times the factors."""
-        return np.asarray(np.ldexp(self.factors, (self.grid.n2 or 0) - exponent))
-
-
-def _integers(codes: Array) -> Array:
-    """What the codes stand for, divided by 2^n2; float64."""
-    integers: Array = np.sign(codes) * np.exp2(np.abs(codes.astype(np.float64)) - 1)
-    return integers
-
-
 def export_onnx(
     model: nn.Module,
     path: str | Path,
     inputs: Tensor | tuple[Tensor, ...],
     *,
-    layers: Iterable[LayerGrid] | None = None,
+    layers: Iterable[Layer] | None = None,
     allow_partial: bool = False,
-    speed: bool = False,
+    activations: Activations = "float",
 ) -> float:
     """Write a quantized network as one ONNX file, and check the file in ONNX Runtime.
 
@@ -99,8 +85,9 @@ def export_onnx(
             first dimension of each is the batch.
         layers: `INQCallback.layers`; left out, the weights tell which grids they are on.
         allow_partial: Whether to keep parameters that are not on a grid in float32, rather than refuse the network.
-        speed: Whether linear layers of at most 5 bits become MatMulNBits, an operator of ONNX Runtime alone, with
-            activations rounded to 8 bits: faster at batch 1, with outputs that are off by about a percent.
+        activations: ``"int8"`` makes linear layers of at most 5 bits MatMulNBits, an operator of ONNX Runtime alone,
+            with inputs rounded to 8 bits: faster at batch 1, with outputs that are off by about a percent.
+            ``"float"`` leaves inputs as they are.
 
     Returns:
         The largest absolute difference between the outputs of torch and of ONNX Runtime (mode ``"exact"``).
@@ -108,35 +95,32 @@ def export_onnx(
     Raises:
         ImportError: The extra ``export`` is not installed.
         TypeError: ``inputs`` is neither a tensor nor a tuple of tensors.
-        ValueError: Parameters are not on their grids or not float32, the network does not run on ``inputs`` or cannot
-            be exported with a dynamic batch, or the file would be larger than 2 GB.
+        ValueError: ``activations`` is unknown, parameters are not on their grids or not float32, the network does not
+            run on ``inputs`` or cannot be exported with a dynamic batch, or the file would be larger than 2 GB.
         OSError: The file cannot be written.
     """
     for module in ("onnx", "onnxscript", "onnx_ir", "onnxruntime"):
         import_extra(module, "export")
+    one_of("activations", activations, Activations)
     path = Path(path)
-    examples = _check_inputs(inputs)
+    examples = as_examples(inputs)
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     for name, parameter in model.named_parameters():
-        if parameter.dtype is not torch.float32:
+        if parameter.is_floating_point() and parameter.dtype is not torch.float32:
             raise ValueError(f"{name} is {parameter.dtype}; an ONNX file needs float32, so call model.float() first")
     grids = find_grids(model, layers, allow_partial)
-
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with atomic(path) as partial:
         partial.touch()  # an export takes seconds: fail before it
-        with _evaluating(model), _quietly():
-            expected = _run(model, examples)
-            program = _trace(model, examples)
-            weights = _hide_weights(program.model.graph, model, grids)
-            program.optimize()
-        _insert_weights(program.model, weights, speed)
-        _write(program.model, partial)
-        difference = _difference(partial, examples, expected)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return difference
+        graph = trace(model, examples, grids)
+        for weight in graph.weights.values():
+            if activations == "int8":
+                _multiply_codes(graph.model.graph, weight)
+            if weight.value.uses():
+                _decode(graph.model.graph, weight)
+        _slim(graph.model)
+        _describe(graph.model, {name: weight.grid for name, weight in graph.weights.items()})
+        _write(graph.model, partial)
+        return _difference(partial, examples, graph.outputs)
 
 
 def session_options(mode: SessionMode = "exact") -> Any:
@@ -156,124 +140,18 @@ def session_options(mode: SessionMode = "exact") -> Any:
         ImportError: The extra ``export`` is not installed.
         ValueError: ``mode`` is none of the above.
     """
-    if mode not in get_args(SessionMode):
-        raise ValueError(f"mode must be one of {', '.join(get_args(SessionMode))}, got {mode!r}")
-    options = import_extra("onnxruntime", "export").SessionOptions()
+    one_of("mode", mode, SessionMode)
+    options = ort.SessionOptions()
     for entry, setting in _SESSION_ENTRIES[mode].items():
         options.add_session_config_entry(entry, setting)
     return options
 
 
-def _check_inputs(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    examples = (inputs,) if isinstance(inputs, Tensor) else inputs
-    if not isinstance(examples, tuple) or not examples or not all(isinstance(x, Tensor) for x in examples):
-        raise TypeError(f"inputs must be a tensor or a tuple of tensors, got {type(inputs).__name__}")
-    batches = {x.shape[0] if x.dim() else None for x in examples}
-    if len(batches) > 1 or batches & {None, 0}:
-        shapes = ", ".join(str(tuple(x.shape)) for x in examples)
-        raise ValueError(f"inputs must have the batch as their first dimension, the same and not 0; got {shapes}")
-    return examples
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, without what an export may leave behind in torch."""
-    modes = {module: module.training for module in model.modules()}
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)  # attention in one fused operator, which ONNX lacks
-        model.eval()
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, training in modes.items():
-            module.training = training
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the exporter's warnings and log messages."""
-    level = logging.root.manager.disable
-    try:
-        logging.disable(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
-def _run(model: nn.Module, examples: tuple[Tensor, ...]) -> list[Array]:
-    """Outputs of the network, in the order of the ONNX file's."""
-    try:
-        with torch.no_grad():
-            outputs = model(*examples)
-    except Exception as error:
-        shapes = ", ".join(str(tuple(x.shape)) for x in examples)
-        raise ValueError(f"the network does not run on inputs of shape {shapes}: {error}") from error
-    leaves = torch.utils._pytree.tree_leaves(outputs)
-    return [leaf.numpy(force=True) for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _trace(model: nn.Module, examples: tuple[Tensor, ...]) -> Any:
-    """The network's graph as it is, no weight folded or renamed."""
-    if examples[0].shape[0] == 1:  # would be taken for a constant
-        examples = tuple(torch.cat([x, x]) for x in examples)
-    try:
-        return torch.onnx.export(
-            model,
-            examples,
-            dynamo=True,
-            opset_version=OPSET,
-            dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in examples),
-            optimize=False,
-            verbose=False,
-        )
-    except Exception as error:
-        cause = error.__cause__ or error
-        reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-        raise ValueError(
-            f"torch.onnx cannot export the network with a dynamic batch ({reason}); see the exception above for what "
-            "in its forward to change, such as sizes that are Python numbers"
-        ) from error
-
-
-def _hide_weights(graph: Any, model: nn.Module, grids: Mapping[str, PowerOfTwoGrid]) -> dict[str, _Weight]:
-    """Turn the initializers of quantized weights into inputs, which no optimization can fold away.
-
-    Returns:
-        The weights by their name in the graph; tied ones come once, as torch.onnx stores them.
-    """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    quantized = {id(p): grids[n] for name, p in parameters.items() if (n := name.replace("_orig_mod.", "")) in grids}
-    weights = {}
-    for name in list(graph.initializers):
-        grid = quantized.get(id(parameters.get(name)))
-        if grid is not None:
-            value = graph.initializers.pop(name)
-            value.const_value = None
-            graph.inputs.append(value)
-            weights[name] = _Weight(encode(grid, parameters[name]).numpy(force=True), grid)
-    return weights
-
-
-def _insert_weights(model: Any, weights: dict[str, _Weight], speed: bool) -> None:
-    """Give the graph its weights back, as codes and the nodes that decode them."""
-    graph = model.graph
-    values = [value for value in graph.inputs if value.name in weights]
-    for value in values:
-        graph.inputs.remove(value)
-    _fold_batch_norms(graph, weights)
-    for value in values:
-        if speed:
-            _multiply_codes(graph, value, weights[value.name])
-        if value.uses():
-            _decode(graph, value, weights[value.name])
-    passes = import_extra("onnx_ir.passes.common", "export")
+def _slim(model: Any) -> None:
+    """Leave out what readers infer or know: unused nodes, shapes, names, stack traces of the user's code, defaults."""
     passes.RemoveUnusedNodesPass()(model)
-    # Stack traces of the user's code, what every reader infers, names that none needs: a tenth of a small file.
     passes.ClearMetadataAndDocStringPass()(model)
+    graph = model.graph
     inner = [value for node in graph for value in node.outputs if not value.is_graph_output()]
     inner += graph.initializers.values()
     for value in inner:
@@ -283,19 +161,10 @@ def _insert_weights(model: Any, weights: dict[str, _Weight], speed: bool) -> Non
     for node in graph:
         node.name = None
         _drop_defaults(node)
-    model.ir_version = IR_VERSION
-    if any(weight.grid.bits == 2 for weight in weights.values()):
-        model.ir_version = IR_VERSION_INT2
-        graph.opset_imports[""] = OPSET_INT2
-    model.metadata_props[METADATA_KEY] = json.dumps(
-        {name: {"bits": weight.grid.bits, "n1": weight.grid.n1} for name, weight in weights.items()},
-        separators=(",", ":"),
-    )
 
 
 def _drop_defaults(node: Any) -> None:
     """Remove attributes that say what their absence says."""
-    ir, onnx = (import_extra(module, "export") for module in ("onnx_ir", "onnx"))
     if node.domain != "":
         return
     schema = onnx.defs.get_schema(node.op_type, OPSET).attributes
@@ -307,100 +176,59 @@ def _drop_defaults(node: Any) -> None:
             del node.attributes[name]
 
 
-def _initializer(graph: Any, name: str, array: Array, dtype: str | None = None) -> Any:
-    ir = import_extra("onnx_ir", "export")
-    array = np.ascontiguousarray(array).reshape(array.shape)
-    tensor = ir.tensor(array if dtype is None else array.astype(ir.DataType[dtype].numpy(), copy=False), name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
-    graph.register_initializer(value)
-    return value
+def _describe(model: Any, grids: Mapping[str, Grid]) -> None:
+    """Say in the file what it takes to run it, and what its codes stand for."""
+    model.ir_version = IR_VERSION
+    if any(grid.bits == 2 for grid in grids.values()):
+        model.ir_version = IR_VERSION_INT2
+        model.graph.opset_imports[""] = OPSET_INT2
+    specs = {name: grid.spec() for name, grid in grids.items()}
+    model.metadata_props[METADATA_KEY] = json.dumps(specs, separators=(",", ":"))
 
 
-def _decode(graph: Any, value: Any, weight: _Weight) -> None:
-    """Compute ``value`` from codes."""
-    ir = import_extra("onnx_ir", "export")
-    name, bits, magnitudes = value.name, weight.grid.bits, weight.grid.magnitudes
-    if bits in DEQUANTIZED:
-        dtype, highest = DEQUANTIZED[bits]
-        lowest = highest + 1 - magnitudes
-        # Indexed by the code itself: a negative code counts from the end.
-        table = np.ldexp(_integers(np.r_[0 : magnitudes + 1, -magnitudes:0]), lowest).astype(ir.DataType[dtype].numpy())
-        codes = _initializer(graph, f"{name}.codes", table[weight.codes], dtype)
-        scale = _initializer(graph, f"{name}.scale", weight.scale(lowest))
-        nodes = [ir.node("DequantizeLinear", [codes, scale], {"axis": weight.axis}, outputs=[value])]
+def _decode(graph: Any, weight: Weight) -> None:
+    """Compute a weight from codes."""
+    value, codes, grid = weight.value, weight.codes, weight.grid
+    name, width = value.name, next(w for w in DEQUANTIZED if w >= grid.bits)
+    for dtype in DEQUANTIZED[width]:
+        unit = _unit(grid, dtype)
+        multiples = grid.multiples(torch.tensor(table_order(grid.codes))).numpy()
+        table = np.ldexp(multiples, unit).astype(ir.DataType[dtype].numpy())
+        if np.array_equal(table.astype(np.float64), np.ldexp(multiples, unit)):
+            stored = initializer(graph, f"{name}.codes", table[codes], dtype)
+            scale = initializer(graph, f"{name}.scale", weight.scale(unit))
+            nodes = [ir.node("DequantizeLinear", [stored, scale], {"axis": weight.axis}, outputs=[value])]
+            break
     else:
-        levels = np.ldexp(_integers(np.arange(-magnitudes, magnitudes + 1)), weight.grid.n2 or 0)
-        codes = _initializer(graph, f"{name}.codes", weight.codes + magnitudes, _LOOKED_UP[bits])
-        table = _initializer(graph, f"{name}.levels", levels, "FLOAT")
-        index = ir.node("Cast", [codes], {"to": ir.DataType.INT32})
+        stored = initializer(graph, f"{name}.codes", codes.astype(int) - grid.codes.start, LOOKED_UP[width])
+        table = initializer(graph, f"{name}.levels", grid.levels.numpy(), "FLOAT")
+        index = ir.node("Cast", [stored], {"to": ir.DataType.INT32})
         if weight.factors.ndim:
             level = ir.node("Gather", [table, index.outputs[0]])
-            shape = [-1 if axis == weight.axis else 1 for axis in range(weight.codes.ndim)]
-            factors = _initializer(graph, f"{name}.scale", weight.factors.reshape(shape))
+            shape = [-1 if axis == weight.axis else 1 for axis in range(codes.ndim)]
+            factors = initializer(graph, f"{name}.scale", weight.factors.reshape(shape))
             nodes = [index, level, ir.node("Mul", [level.outputs[0], factors], outputs=[value])]
         else:
             nodes = [index, ir.node("Gather", [table, index.outputs[0]], outputs=[value])]
     graph.insert_before(graph[0], nodes)
 
 
-def _fold_batch_norms(graph: Any, weights: dict[str, _Weight]) -> None:
-    """Turn batch normalizations behind quantized layers into the weights' scales and the layers' biases."""
-    ir = import_extra("onnx_ir", "export")
-    for norm in [node for node in graph if node.op_type == "BatchNormalization"]:
-        layer = norm.inputs[0].producer()
-        axis = None if layer is None else _output_axis(layer)
-        constants = [v.const_value for v in norm.inputs[1:]]
-        if axis is None or any(c is None for c in constants) or len(norm.inputs[0].uses()) > 1:
-            continue
-        value, bias = layer.inputs[1], layer.inputs[2] if len(layer.inputs) > 2 else None
-        weight = weights.get(value.name)
-        if weight is None or len(value.uses()) > 1 or (bias is not None and bias.const_value is None):
-            continue
-        gamma, beta, mean, variance = (c.numpy() for c in constants)
-        epsilon = norm.attributes.get_float("epsilon", 1e-5)
-        # As torch.onnx folds, so that both make the same floats.
-        scale = gamma / np.sqrt(variance + epsilon)
-        shift = ((np.zeros_like(mean) if bias is None else bias.const_value.numpy()) - mean) * scale + beta
-        weights[value.name] = weight._replace(factors=scale, axis=axis)
-        folded = ir.node(
-            layer.op_type,
-            [layer.inputs[0], value, _initializer(graph, f"{value.name}.bias", shift)],
-            layer.attributes,
-            name=layer.name,
-        )
-        ir.convenience.replace_nodes_and_values(
-            graph, layer, [layer, norm], [folded], [norm.outputs[0]], [folded.outputs[0]]
-        )
+def _unit(grid: Grid, dtype: str) -> int:
+    """Exponent of the grid's unit in a type of the file: 0, or what makes its largest multiple the highest power."""
+    highest = _HIGHEST.get(dtype)
+    return 0 if highest is None else highest - max(largest_multiple(grid).bit_length() - 1, 0)
 
 
-def _output_axis(layer: Any) -> int | None:
-    """The axis of a layer's weight that runs over its outputs; None where that is not one scale for each."""
-    if layer.op_type == "Conv":
-        return 0
-    if layer.op_type == "ConvTranspose":
-        return 1 if layer.attributes.get_int("group", 1) == 1 else None
-    return 0 if _is_linear(layer) else None
-
-
-def _is_linear(node: Any) -> bool:
-    """Whether the node is x @ weight.T + bias."""
-    if node.op_type != "Gemm":
-        return False
-    attributes = node.attributes
-    factors, transposed = [attributes.get_float(a, 1.0) for a in ("alpha", "beta")], attributes.get_int("transA", 0)
-    return factors == [1.0, 1.0] and not transposed and bool(attributes.get_int("transB", 0))
-
-
-def _multiply_codes(graph: Any, value: Any, weight: _Weight) -> None:
-    """Let linear layers with the weight ``value`` multiply by its codes; other users of it stay."""
-    ir = import_extra("onnx_ir", "export")
+def _multiply_codes(graph: Any, weight: Weight) -> None:
+    """Let linear layers multiply by a weight's codes; other users of it stay."""
+    value = weight.value
     if weight.grid.bits not in _PLANES or weight.codes.ndim != 2:
         return
-    products = [node for node in value.consumers() if _is_linear(node) and node.inputs[1] is value]
+    products = [node for node in value.consumers() if is_linear(node) and node.inputs[1] is value]
     transposes = [node for node in value.consumers() if node.op_type == "Transpose"]
     for transposed in (node.outputs[0] for node in transposes):  # for inputs of more than two dimensions
         products += [n for n in transposed.consumers() if n.op_type == "MatMul" and n.inputs[1] is transposed]
-    planes = _planes(graph, value.name, weight) if products else []
+    planes = _planes(graph, weight) if products else []
     outputs, columns = weight.codes.shape
     bits, block = _PLANES[weight.grid.bits]
     attributes = {"N": outputs, "K": columns, "bits": bits, "block_size": block, "accuracy_level": _INT8_ACTIVATIONS}
@@ -418,13 +246,13 @@ def _multiply_codes(graph: Any, value: Any, weight: _Weight) -> None:
         graph.opset_imports["com.microsoft"] = 1
 
 
-def _planes(graph: Any, name: str, weight: _Weight) -> list[list[Any]]:
+def _planes(graph: Any, weight: Weight) -> list[list[Any]]:
     """Inputs of the MatMulNBits whose sum is the product with a weight: integers, scales, zero points."""
-    outputs, columns = weight.codes.shape
+    name, (outputs, columns) = weight.value.name, weight.codes.shape
     bits, block = _PLANES[weight.grid.bits]
     blocks = -(-columns // block)
     integers = np.zeros((outputs, blocks * block), np.int64)
-    integers[:, :columns] = _integers(weight.codes)
+    integers[:, :columns] = weight.multiples
     if weight.grid.bits == 5:  # ±128 fits no plane: 17·high + low, with low from -6 to 9 and high from -8 to 7
         low = (integers + 6) % 17 - 6
         planes = [(low, 1, 6), ((integers - low) // 17, 17, 8)]
@@ -437,16 +265,15 @@ def _planes(graph: Any, name: str, weight: _Weight) -> list[list[Any]]:
         zero_points = np.full((outputs, -(-blocks * bits // 8)), zero_point * (255 // ((1 << bits) - 1)))
         inputs.append(
             [
-                _initializer(graph, f"{name}.plane{i}", parts.sum(-1), "UINT8"),
-                _initializer(graph, f"{name}.plane{i}.scale", scale),
-                _initializer(graph, f"{name}.plane{i}.zero", zero_points, "UINT8"),
+                initializer(graph, f"{name}.plane{i}", parts.sum(-1), "UINT8"),
+                initializer(graph, f"{name}.plane{i}.scale", scale),
+                initializer(graph, f"{name}.plane{i}.zero", zero_points, "UINT8"),
             ]
         )
     return inputs
 
 
 def _write(model: Any, path: Path) -> None:
-    ir = import_extra("onnx_ir", "export")
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     if size > 2**31 - 2**20:
         raise ValueError(f"the file would have {size / 2**30:.1f} GB, ONNX allows 2 GB; quantize more of the network")
@@ -455,7 +282,6 @@ def _write(model: Any, path: Path) -> None:
 
 def _difference(path: Path, examples: tuple[Tensor, ...], expected: list[Array]) -> float:
     """The largest difference between outputs of the file and those expected; equal infinities do not differ."""
-    ort = import_extra("onnxruntime", "export")
     session = ort.InferenceSession(str(path), session_options("exact"), providers=["CPUExecutionProvider"])
     names = [x.name for x in session.get_inputs()]
     found = session.run(None, {name: x.numpy(force=True) for name, x in zip(names, examples, strict=True)})
@@ -465,3 +291,70 @@ def _difference(path: Path, examples: tuple[Tensor, ...], expected: list[Array])
         differences = np.abs(ours[different].astype(np.float64) - theirs[different].astype(np.float64))
         largest = max(largest, float(differences.max(initial=0)))
     return largest
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def recognizes(head: bytes) -> bool:
+    """Whether a file that begins like this may be an ONNX file."""
+    return head[:1] == b"\x08"  # protobuf's field 1, ONNX's IR version
+
+
+def read_onnx(path: str | os.PathLike[str]) -> Contents:
+    """Read the weights of an ONNX file, those of :func:`export_onnx` from their codes; nothing in it is run.
+
+    Raises:
+        ImportError: The extra ``export`` is not installed.
+        ValueError: It is no ONNX file, or is damaged.
+        OSError: There is no such file.
+    """
+    load = onnx.load  # outside: that onnx is missing is not the file's fault
+    state, layers, stored = {}, [], {}
+    try:
+        model = load(path)
+        arrays = {x.name: onnx.numpy_helper.to_array(x) for x in model.graph.initializer}
+        sizes = {x.name: len(x.raw_data) or arrays[x.name].nbytes for x in model.graph.initializer}
+        texts = {entry.key: entry.value for entry in model.metadata_props}
+        metadata = json.loads(texts.get(METADATA_KEY, "{}"))
+        for name, spec in metadata.items():
+            grid = from_spec({"kind": "power_of_two"} | spec)  # the first files had n1 and bits alone
+            state[name] = _decoded(name, grid, arrays, model.graph.node)
+            layers.append(Layer(name, tuple(state[name].shape), grid.bits, grid, state[name].numel()))
+            parts = [x for x in sizes if re.fullmatch(re.escape(name) + r"\.(codes|levels|scale|plane.*)", x)]
+            stored[name] = sum(sizes.pop(part) for part in parts)
+    except OSError:
+        raise
+    except Exception as error:  # of protobuf, of JSON, or whatever a foreign hand has made of our file
+        raise ValueError(f"{path} cannot be read as an ONNX file: {error}") from error
+    rest = {name: torch.from_numpy(arrays[name].copy()) for name in sizes if arrays[name].dtype.kind in "fiub"}
+    return Contents("onnx", state | rest, layers, stored=stored, metadata=metadata)
+
+
+def _decoded(name: str, grid: Grid, arrays: Mapping[str, Array], nodes: Iterable[Any]) -> Tensor:
+    """A weight from its codes, without the factors of a folded norm; float32."""
+    if f"{name}.levels" in arrays:
+        return torch.from_numpy(arrays[f"{name}.levels"][arrays[f"{name}.codes"].astype(int)])
+    if f"{name}.codes" in arrays:
+        codes = arrays[f"{name}.codes"]
+        types = itertools.chain(*DEQUANTIZED.values())
+        dtype = next(dtype for dtype in types if ir.DataType[dtype].numpy() == codes.dtype)
+        multiples = np.ldexp(codes.astype(np.float64), -_unit(grid, dtype))
+    elif f"{name}.plane0" in arrays:
+        multiples = _sum_of_planes(name, arrays, nodes)
+    else:
+        raise ValueError(f"the file has no codes of {name}")
+    return torch.from_numpy(np.ldexp(multiples, grid.step).astype(np.float32))
+
+
+def _sum_of_planes(name: str, arrays: Mapping[str, Array], nodes: Iterable[Any]) -> Array:
+    """The integers that MatMulNBits multiplies: the sum of its planes, each in units of its scale."""
+    node = next(node for node in nodes if f"{name}.plane0" in node.input)
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    bits, integers = attributes["bits"], np.zeros(())
+    for part in (part for part in arrays if re.fullmatch(re.escape(name) + r"\.plane\d+", part)):
+        plane, unit = arrays[part], arrays[f"{part}.scale"].flat[0] / arrays[f"{name}.plane0.scale"].flat[0]
+        digits = np.stack([plane >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)], -1)
+        digits = digits.reshape(len(plane), -1)[:, : attributes["K"]].astype(np.float64)
+        integers = integers + unit * (digits - (int(arrays[f"{part}.zero"].flat[0]) & (1 << bits) - 1))
+    return integers

@@ -71,3 +71,13 @@ class Grid(Protocol):
 
     def spec(self) -> dict[str, Any]:
         """Everything that :func:`~inq_lightning.grid.from_spec` needs, as plain JSON values."""
+
+
+def table_order(codes: range) -> list[int]:
+    """Codes in the order of a table that is indexed by the code itself, where a negative one counts from the end."""
+    return [*range(codes.stop), *range(codes.start, 0)]
+
+
+def largest_multiple(grid: Grid) -> int:
+    """The largest magnitude of a grid in units of 2^step; 0 for a grid of zeros."""
+    return int(grid.multiples(torch.tensor(grid.codes)).abs().max())

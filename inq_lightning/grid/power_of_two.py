@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,9 +13,11 @@ from inq_lightning._common import one_of
 from inq_lightning.grid.base import WHOLE, Reduction
 
 Underflow = Literal["nearest", "truncate"]
-Exponent = Literal["max", "mse"]
+Exponent = Literal["auto", "max", "mse"]
 
 MIN_BITS, MAX_BITS = 2, 8
+# Up to here least error pays: by the largest weight 2 and 3 bits fail, and 4 have a third more error, docs/results.md.
+_FEW_BITS = 4
 
 
 def check_bits(bits: int) -> None:
@@ -26,6 +28,13 @@ def check_bits(bits: int) -> None:
     """
     if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(f"bits must be an integer from {MIN_BITS} to {MAX_BITS}, got {bits!r}")
+
+
+def fit_rule(exponent: Exponent, bits: int) -> Literal["max", "mse"]:
+    """The rule that fits a grid of so many bits: ``"auto"`` is ``"mse"`` up to 4 bits and ``"max"`` from 5 on."""
+    if exponent == "auto":
+        return "mse" if bits <= _FEW_BITS else "max"
+    return exponent
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ class PowerOfTwoGrid:
             underflow: See the class.
             exponent: How n1 is chosen. ``"max"``: by the largest weight, n1 = floor(log2(4·max|w| / 3)) (equation 2),
                 computed exactly. ``"mse"``: that one or a lower one, whichever rounds the weights with the least
-                squared error; the few weights beyond it saturate.
+                squared error; the few weights beyond it saturate. ``"auto"``: see :func:`fit_rule`.
             reduce: How what is found in the local piece becomes what holds for all shards.
 
         Raises:
@@ -79,7 +88,7 @@ class PowerOfTwoGrid:
         one_of("exponent", exponent, Exponent)
         check_floating(w)
         grid = cls.from_max(largest_magnitude(w, reduce), w.dtype, bits, underflow)
-        if exponent == "max":
+        if fit_rule(exponent, bits) == "max":
             return grid
         grids = grid.lower(w.dtype)
         errors = torch.tensor([g.squared_error(w) for g in grids], dtype=torch.float64, device=w.device)
@@ -233,8 +242,12 @@ class PowerOfTwoGrid:
         return torch.ldexp(codes.sign().double(), codes.abs() - 1)
 
     def spec(self) -> dict[str, Any]:
-        """The grid as plain JSON values; :func:`~inq_lightning.grid.from_spec` makes it again."""
-        return {"kind": "power_of_two", **asdict(self)}
+        """The grid as plain JSON values; :func:`~inq_lightning.grid.from_spec` makes it again.
+
+        The usual underflow is left out: it matters to rounding, not to what is on the grid, and small files count it.
+        """
+        spec = {"kind": "power_of_two", "n1": self.n1, "bits": self.bits}
+        return spec if self.underflow == "nearest" else spec | {"underflow": self.underflow}
 
 
 def largest_magnitude(w: Tensor, reduce: Reduction = WHOLE) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningModule
@@ -13,6 +13,9 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
+
+from inq_lightning._common import one_of
+from inq_lightning.recipes.structured import configures
 
 _TEMPERATURE = 4.0
 
@@ -64,8 +67,7 @@ class Classifier(LightningModule):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
-        if lr_schedule not in get_args(LRSchedule):
-            raise ValueError(f"lr_schedule must be one of {', '.join(get_args(LRSchedule))}; got {lr_schedule!r}")
+        one_of("lr_schedule", lr_schedule, LRSchedule)
         if not lr > 0:
             raise ValueError(f"lr must be above 0; got {lr}")
         if lr_epochs is not None and lr_epochs < 1:
@@ -181,6 +183,11 @@ class Classifier(LightningModule):
                 "or lr_schedule='constant'"
             )
         return int(steps)
+
+
+@configures(Classifier)
+class ClassifierConfig:
+    """Arguments of :class:`Classifier`."""
 
 
 def _frozen_copy(net: nn.Module) -> nn.Module:

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
+from inq_lightning.core.options import Options
 from inq_lightning.core.schedule import PRESETS, Schedule, Unit, default_preset
 from inq_lightning.grid import MAX_BITS, MIN_BITS
+from inq_lightning.recipes.structured import configures
 
-# Allowed values, for docs/configuration.md, where the type of what a key configures does not tell them.
-_BITS = {"allowed": f"{MIN_BITS} to {MAX_BITS}"}
+_BITS = f"{MIN_BITS} to {MAX_BITS}"
+Output = Literal["auto", "rich", "json"]
 
 
 def _bits_by_pattern() -> Any:
@@ -26,104 +28,50 @@ def _bits_by_pattern() -> Any:
     return DictConfig({}, key_type=str, element_type=int, flags={"struct": False})
 
 
-@dataclass
+def build_schedule(
+    bits: int,
+    preset: str | None = None,
+    portions: Sequence[float] | None = None,
+    starts: Sequence[int] | None = None,
+    epochs_per_phase: int | None = None,
+    unit: Unit = "epoch",
+) -> Schedule:
+    """Build the schedule that a config describes.
+
+    Args:
+        bits: Bit width whose preset is taken where neither ``portions`` nor ``preset`` is given.
+        preset: One of the paper's rows.
+        portions: Accumulated portions; they go before ``preset``.
+        starts: When each portion begins.
+        epochs_per_phase: Length of each phase, in place of ``starts``; with neither, the phases are spread evenly over
+            the Trainer's run.
+        unit: What ``starts`` counts, ``"epoch"`` or ``"step"``.
+
+    Raises:
+        ValueError: The values contradict each other or are not allowed.
+    """
+    if portions is None:
+        portions = Schedule.from_preset(preset or default_preset(bits)).portions
+    if epochs_per_phase is None:
+        return Schedule(portions, starts, unit)
+    if starts is not None or unit != "epoch":
+        raise ValueError("epochs_per_phase excludes starts and unit=step: each of them says when phases begin")
+    return Schedule.every(epochs_per_phase, portions)
+
+
+@configures(build_schedule, allowed={"bits": _BITS, "preset": ", ".join(PRESETS)})
 class ScheduleConfig:
     """When the quantized portion rises; arguments of :func:`build_schedule`."""
 
-    _target_: str = "inq_lightning.recipes.config.build_schedule"
-    bits: int = field(default=MISSING, metadata=_BITS)
-    preset: str | None = field(default=None, metadata={"allowed": ", ".join(PRESETS)})
-    portions: list[float] | None = None
-    starts: list[int] | None = None
-    epochs_per_phase: int | None = None
-    unit: str = "epoch"
 
-
-@dataclass
+@configures(Options, allowed={"bits": _BITS})
 class INQConfig:
-    """Arguments of :class:`~inq_lightning.INQCallback`."""
+    """Arguments of :class:`~inq_lightning.INQCallback`: those of :class:`~inq_lightning.Options`."""
 
     _target_: str = "inq_lightning.INQCallback"
     _convert_: str = "all"
-    bits: int = field(default=5, metadata=_BITS)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    partition: str = "magnitude"
-    underflow: str = "nearest"
-    exponent: str = "max"
-    include: list[str] | None = None
-    exclude: list[str] = field(default_factory=list)
     layer_bits: dict[str, int] = field(default_factory=_bits_by_pattern)
-    embeddings: bool = False
-    keep_zeros: bool = False
-    restart_lr: bool = True
-    reset_optimizer: bool = False
-    log_per_layer: bool = False
-    seed: int = 0
-
-
-@dataclass
-class ClassifierConfig:
-    """Arguments of :class:`~inq_lightning.recipes.classifier.Classifier`."""
-
-    _target_: str = "inq_lightning.recipes.classifier.Classifier"
-    net: Any = MISSING
-    num_classes: int = MISSING
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    nesterov: bool = False
-    label_smoothing: float = 0.0
-    lr_schedule: str = "cosine"
-    lr_epochs: int | None = None
-    distillation: float = 0.0
-    channels_last: bool = False
-
-
-@dataclass
-class DataConfig:
-    """What all data modules take."""
-
-    _target_: str = MISSING
-    num_classes: int = MISSING
-    in_channels: int = MISSING
-    image_size: int = MISSING
-    batch_size: int = 128
-    seed: int = 0
-    num_workers: int = 0
-
-
-@dataclass
-class DigitsConfig(DataConfig):
-    """Arguments of :class:`~inq_lightning.recipes.data.DigitsDataModule`."""
-
-    _target_: str = "inq_lightning.recipes.data.DigitsDataModule"
-    num_classes: int = 10
-    in_channels: int = 1
-    image_size: int = 8
-    batch_size: int = 64
-
-
-@dataclass
-class NpzConfig(DataConfig):
-    """Arguments of :class:`~inq_lightning.recipes.data.NpzDataModule`."""
-
-    _target_: str = "inq_lightning.recipes.data.NpzDataModule"
-    path: str = MISSING
-    num_classes: int = 10
-    in_channels: int = 3
-    image_size: int = 32
-    augment: bool = True
-    val_fraction: float = 0.1
-
-
-@dataclass
-class TorchvisionConfig(DataConfig):
-    """Arguments of :class:`~inq_lightning.recipes.data.TorchvisionDataModule`."""
-
-    _target_: str = "inq_lightning.recipes.data.TorchvisionDataModule"
-    dataset: str = MISSING
-    root: str = MISSING
-    val_fraction: float = 0.1
 
 
 @dataclass
@@ -231,53 +179,25 @@ class TrainConfig:
     ckpt: str | None = None
     resume: bool = False
     stage: str = "quantize"
-    output: str = field(default="auto", metadata={"allowed": "auto, rich, json"})
+    output: str = field(default="auto", metadata={"allowed": ", ".join(get_args(Output))})
     output_dir: str = MISSING
-
-
-def build_schedule(
-    bits: int,
-    preset: str | None = None,
-    portions: Sequence[float] | None = None,
-    starts: Sequence[int] | None = None,
-    epochs_per_phase: int | None = None,
-    unit: Unit = "epoch",
-) -> Schedule:
-    """Build the schedule that a config describes.
-
-    Args:
-        bits: Bit width whose preset is taken where neither ``portions`` nor ``preset`` is given.
-        preset: One of the paper's rows.
-        portions: Accumulated portions; they go before ``preset``.
-        starts: When each portion begins.
-        epochs_per_phase: Length of each phase, in place of ``starts``; with neither, the phases are spread evenly over
-            the Trainer's run.
-        unit: What ``starts`` counts, ``"epoch"`` or ``"step"``.
-
-    Raises:
-        ValueError: The values contradict each other or are not allowed.
-    """
-    if portions is None:
-        portions = Schedule.from_preset(preset or default_preset(bits)).portions
-    if epochs_per_phase is None:
-        return Schedule(portions, starts, unit)
-    if starts is not None or unit != "epoch":
-        raise ValueError("epochs_per_phase excludes starts and unit=step: each of them says when phases begin")
-    return Schedule.every(epochs_per_phase, portions)
 
 
 def register_training() -> None:
     """Register the rest of `inq-train`'s configs.
 
     Not on import, as the Hydra plugin imports this module into other applications: Hydra would validate their own files
-    of the same names, such as ``model/base.yaml``, against these.
+    of the same names, such as ``model/base.yaml``, against these, and Lightning would have to be there to list its
+    modules' arguments.
     """
+    from inq_lightning.recipes import classifier, data
+
     _register(
         ("", "base_train", TrainConfig),
-        ("model", "base", ClassifierConfig),
-        ("data", "base_digits", DigitsConfig),
-        ("data", "base_npz", NpzConfig),
-        ("data", "base_torchvision", TorchvisionConfig),
+        ("model", "base", classifier.ClassifierConfig),
+        ("data", "base_digits", data.DigitsConfig),
+        ("data", "base_npz", data.NpzConfig),
+        ("data", "base_torchvision", data.TorchvisionConfig),
         ("trainer", "base", TrainerConfig),
         ("pretrain", "base", PretrainConfig),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from inq_lightning._common import import_extra
+from inq_lightning._common import import_extra, one_of
 from inq_lightning.recipes.sampling import (
     SPLIT,
     ArrayDataset,
@@ -27,11 +27,12 @@ from inq_lightning.recipes.sampling import (
     derive,
     generator_of,
 )
+from inq_lightning.recipes.structured import configures
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-_DATASETS = Literal["mnist", "cifar10", "imagefolder"]
+Source = Literal["mnist", "cifar10", "imagefolder"]
 _Parts = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -220,6 +221,11 @@ class DigitsDataModule(ImageDataModule):
         )
 
 
+@configures(DigitsDataModule)
+class DigitsConfig:
+    """Arguments of :class:`DigitsDataModule`."""
+
+
 class NpzDataModule(ImageDataModule):
     """Images from a numpy archive in the form that Keras uses.
 
@@ -292,6 +298,11 @@ class NpzDataModule(ImageDataModule):
         return arrays
 
 
+@configures(NpzDataModule)
+class NpzConfig:
+    """Arguments of :class:`NpzDataModule`."""
+
+
 class TorchvisionDataModule(ImageDataModule):
     """MNIST, CIFAR-10, or folders of images, read by torchvision.
 
@@ -320,7 +331,7 @@ class TorchvisionDataModule(ImageDataModule):
 
     def __init__(
         self,
-        dataset: _DATASETS,
+        dataset: Source,
         root: str,
         *,
         num_classes: int,
@@ -332,9 +343,7 @@ class TorchvisionDataModule(ImageDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__(num_classes, in_channels, image_size, batch_size, seed, num_workers)
-        allowed = get_args(_DATASETS)
-        if dataset not in allowed:
-            raise ValueError(f"dataset must be one of {', '.join(allowed)}; got {dataset!r}")
+        one_of("dataset", dataset, Source)
         if dataset == "imagefolder" and in_channels != 3:
             raise ValueError(f"imagefolder reads images as RGB, so in_channels must be 3; got {in_channels}")
         self.dataset = dataset
@@ -400,6 +409,11 @@ class TorchvisionDataModule(ImageDataModule):
             "val": FolderDataset(folders["train"], val, center),
             "test": FolderDataset(folders["val"], torch.arange(len(folders["val"])), center),
         }
+
+
+@configures(TorchvisionDataModule)
+class TorchvisionConfig:
+    """Arguments of :class:`TorchvisionDataModule`."""
 
 
 def _checked_fraction(val_fraction: float) -> float:

@@ -9,11 +9,7 @@ A Hydra application over `conf/`, like `inq-train`::
 from __future__ import annotations
 
 import json
-import logging
 import math
-import sys
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -21,12 +17,16 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from pytorch_lightning import LightningModule
 
-from inq_lightning._common import import_extra
 from inq_lightning.core.plan import Plan
 from inq_lightning.core.schedule import Length, Schedule
 from inq_lightning.frontends.lightning import clock
 from inq_lightning.frontends.lightning.callback import INQCallback
-from inq_lightning.recipes.train import accept_json, choose_output, load_checkpoint, load_weights, plan_epochs
+from inq_lightning.recipes.command import accept_json, prepare
+from inq_lightning.recipes.config import register_training
+from inq_lightning.recipes.start import Start, load_weights, plan_epochs
+from inq_lightning.report.tables import plan_table
+
+register_training()
 
 DOWNLOADS: dict[str, dict[str, Any]] = {  # arguments of networks that would fetch weights, which no plan needs
     "inq_lightning.recipes.models.torchvision_model": {"weights": None},
@@ -43,15 +43,12 @@ def command() -> None:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="plan")
 def main(cfg: DictConfig) -> None:
     """Print the plan of the configured run."""
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # as inq-train does
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    choose_output(cfg)
+    console = prepare(cfg)
     plan = make_plan(cfg)
     if cfg.output == "json":
-        print(json.dumps(asdict(plan)))
+        print(json.dumps(plan.as_dict()))
     else:
-        import_extra("rich.console", "train").Console().print(plan.table())
+        console.print(plan_table(plan))
 
 
 def make_plan(cfg: DictConfig) -> Plan:
@@ -68,9 +65,8 @@ def make_plan(cfg: DictConfig) -> Plan:
     for key, value in DOWNLOADS.get(net.get("_target_", ""), {}).items():
         net[key] = value
     module: LightningModule = instantiate(cfg.model, _convert_="all")
-    if cfg.ckpt is not None:
-        checkpoint = load_checkpoint(cfg)
-        load_weights(module, checkpoint.get("state_dict", checkpoint), cfg)
+    if (weights := Start.of(cfg).weights) is not None:
+        load_weights(module, weights, cfg)
     return callback.quantizer.plan(module, length(cfg, callback.options.phases))
 
 

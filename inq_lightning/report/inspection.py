@@ -1,42 +1,40 @@
-"""What is known of a network's weights: on which grids they lie, how they spread over them, what that saves."""
+"""What a file holds: on which grids its weights lie, how they spread over them, what that saves."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from inq_lightning._common import import_extra
+from inq_lightning.core.layer import Layer
 from inq_lightning.core.schedule import Schedule
-from inq_lightning.grid import PowerOfTwoGrid
-from inq_lightning.report.metrics import SignalToQuantizationNoise
+from inq_lightning.core.size import bytes_at, signal_and_noise, snr_db
+from inq_lightning.formats.contents import Contents
+from inq_lightning.formats.layers import candidate_grids
+from inq_lightning.formats.registry import read_file
+from inq_lightning.formats.tensors import memory, place
+from inq_lightning.grid import Grid, PowerOfTwoGrid
 from inq_lightning.report.plots import Exponents, exponent_heatmap
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.console import Group
-
-_BARS = " ▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True)
-class InspectedLayer:
-    """One weight tensor.
+class InspectedLayer(Layer):
+    """One weight tensor of a file.
 
     Attributes:
-        name: Its name in the file.
-        shape: Its shape.
-        numel: Number of weights.
         bits: Code length of one weight; None where the tensor is not quantized.
-        n1: Exponent of the largest level; None without a grid, and for a tensor of zeros.
-        n2: Exponent of the smallest level; None likewise.
-        frozen: How many weights are on the grid for good.
-        zeros: Share of zeros among these, 0 to 1; None where there are none.
-        exponents: Share of ±2^k among these, by k from n2 to n1; empty where there are none.
+        zeros: Share of zeros among the frozen weights, 0 to 1; None where there are none.
+        exponents: Share of the frozen weights from ±2^k to below ±2^(k+1), by k, of all k that the grid has; empty
+            where there are none.
         snr_db: 10·log10 of the power of the original weights over that of the differences from them, of the frozen
             weights, in dB; inf where nothing differs; None where no original is known.
         bytes_before: Size in memory.
@@ -44,18 +42,17 @@ class InspectedLayer:
             all are frozen.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    numel: int
-    bits: int | None = None
-    n1: int | None = None
-    n2: int | None = None
-    frozen: int = 0
+    bits: int | None = None  # type: ignore[assignment]  # of a Layer, which is quantized or will be, it is known
     zeros: float | None = None
     exponents: dict[int, float] = field(default_factory=dict)
     snr_db: float | None = None
     bytes_before: int = 0
     bytes_after: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values; an SNR that is infinite becomes null, as JSON has no infinity."""
+        finite = self.snr_db if self.snr_db is not None and math.isfinite(self.snr_db) else None
+        return super().as_dict() | {"n1": self.n1, "n2": self.n2, "snr_db": finite}
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,8 @@ class Inspection:
     """What a file holds.
 
     Attributes:
-        kind: ``"checkpoint"`` (of Lightning), ``"state_dict"``, ``"packed"`` or ``"onnx"``.
+        kind: ``"checkpoint"`` (of Lightning), ``"state_dict"``, ``"packed"``, ``"onnx"``, ``"mxfp4"``, ``"mxfp6"``,
+            ``"fp8"`` or ``"int8"``.
         file_bytes: Size of the file itself.
         layers: The weights that INQ is about, in the file's order.
         other_bytes: Size of all other tensors: biases, norms, buffers, what was left out of the quantization.
@@ -99,13 +97,10 @@ class Inspection:
         return self.other_bytes + sum(layer.bytes_after for layer in self.layers)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values; an SNR that is infinite becomes null, as JSON has no infinity."""
-        fields = asdict(self)
-        for layer in fields["layers"]:
-            if layer["snr_db"] is not None and not math.isfinite(layer["snr_db"]):
-                layer["snr_db"] = None
+        """Everything as plain JSON values."""
         derived = ("fully_quantized", "quantized_fraction", "bytes_before", "bytes_after")
-        return fields | {name: getattr(self, name) for name in derived}
+        layers = {"layers": [layer.as_dict() for layer in self.layers]}
+        return asdict(self) | layers | {name: getattr(self, name) for name in derived}
 
     def figure(self) -> Figure:
         """A heat map: a row for each quantized layer, a column for each exponent.
@@ -118,63 +113,59 @@ class Inspection:
             if layer.frozen and layer.zeros is not None:
                 shares: list[tuple[int | None, float]] = [(None, layer.zeros), *layer.exponents.items()]
                 counts = {k: round(share * layer.frozen) for k, share in shares if share}
-                layers[layer.name] = Exponents(counts, n1=layer.n1, n2=layer.n2)
+                layers[layer.name] = Exponents(counts, grid=layer.grid)
         if not layers:
             raise ValueError("no layer is quantized, so there are no exponents to draw")
         return exponent_heatmap(layers)
 
-    def table(self) -> Group:
-        """The inspection as aligned text, in a terminal or a file; one row a layer."""
-        grid = import_extra("rich.table", "train").Table
-        escape = import_extra("rich.markup", "train").escape
-        partial = any(0 < layer.frozen < layer.numel for layer in self.layers)
-        snr = any(layer.snr_db is not None for layer in self.layers)
 
-        layers = grid(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-        layers.add_column("layer", overflow="fold")
-        for column in ("shape", "bits", *(["frozen"] if partial else []), "zeros", "n2"):
-            layers.add_column(column, justify="right")
-        layers.add_column("shares", no_wrap=True)
-        for column in ("n1", *(["SNR/dB"] if snr else []), "before/B", "after/B"):
-            layers.add_column(column, justify="right")
-        for layer in self.layers:
-            layers.add_row(
-                escape(layer.name),
-                "×".join(map(str, layer.shape)),
-                _text(layer.bits),
-                *([f"{layer.frozen / max(1, layer.numel):.1%}"] if partial else []),
-                _text(layer.zeros, ".1%"),
-                _text(layer.n2),
-                _bars(list(layer.exponents.values())),
-                _text(layer.n1),
-                *([_text(layer.snr_db, ".1f")] if snr else []),
-                f"{layer.bytes_before:,}",
-                f"{layer.bytes_after:,}",
-            )
+def inspect_file(path: str | Path, reference: str | Path | None = None) -> Inspection:
+    """Describe a file: a Lightning checkpoint, a state_dict, or what `inq-export` writes.
 
-        summary = grid(box=None, pad_edge=False, show_header=False)
-        summary.add_column("")
-        summary.add_column("", overflow="fold")
-        summary.add_row("kind", self.kind)
-        if self.schedule is not None:
-            summary.add_row("portions", ", ".join(f"{portion:g}" for portion in self.schedule.portions))
-            if self.schedule.starts is not None:
-                starts = ", ".join(map(str, self.schedule.starts))
-                summary.add_row("starts", f"{starts} ({self.schedule.unit}s)")
-            if self.phase is not None:
-                summary.add_row("phase", f"{self.phase} of {len(self.schedule.portions)}")
-        summary.add_row("quantized fraction", f"{self.quantized_fraction:.6g}")
-        summary.add_row("fully quantized", "yes" if self.fully_quantized else "no")
-        summary.add_row("all tensors", f"{self.bytes_before:,} bytes before, {self.bytes_after:,} after")
-        summary.add_row("file", f"{self.file_bytes:,} bytes")
-        group: Group = import_extra("rich.console", "train").Group(layers, "", summary)
-        return group
+    What it is, its content tells, not its name. Nothing in it is executed. Only a checkpoint with the state of
+    `INQCallback` and files of `inq-export` say which weights were quantized, at how many bits; elsewhere the weights
+    tell by themselves, see :func:`~inq_lightning.formats.layers.candidate_grids`, and the bits are the fewest whose
+    grid holds them.
+
+    Args:
+        path: The file.
+        reference: A file of the full-precision network, for the SNR.
+
+    Raises:
+        ValueError: One of the files is of no known format, or is damaged, or they belong to different networks.
+        OSError: One of the files cannot be read.
+        ImportError: ONNX is needed and is not installed.
+    """
+    original = None if reference is None else read_file(reference).state_dict
+    contents = read_file(path)
+    try:
+        layers, other = inspect_state(
+            contents.state_dict,
+            _grids(contents),
+            frozen=contents.masks,
+            stored=contents.stored,
+            reference=original,
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return Inspection(contents.kind, Path(path).stat().st_size, layers, other, contents.schedule, contents.phase)
+
+
+def _grids(contents: Contents) -> dict[str, Grid | None]:
+    """The grids that the file tells, and, where it does not tell all, those that the other weights tell."""
+    # A layer of which nothing is frozen yet has a width, but no exponents.
+    told: dict[str, Grid | None] = {
+        layer.name: layer.grid or PowerOfTwoGrid(None, layer.bits) for layer in contents.layers or ()
+    }
+    if contents.off_grid is not None:
+        return told | dict.fromkeys(contents.off_grid)
+    return told | candidate_grids({name: x for name, x in contents.state_dict.items() if name not in told})
 
 
 def inspect_layer(
     name: str,
     weight: Tensor,
-    grid: PowerOfTwoGrid | None,
+    grid: Grid | None,
     frozen: Tensor | None = None,
     reference: Tensor | None = None,
     stored: int | None = None,
@@ -190,45 +181,59 @@ def inspect_layer(
         stored: How many bytes its codes take in the file; None where it stores floats.
 
     Raises:
-        ValueError: ``reference`` has another shape.
+        ValueError: ``reference`` has another shape, or frozen weights are not on the grid.
     """
     if reference is not None and reference.shape != weight.shape:
         raise ValueError(
             f"{name} has the shape {tuple(weight.shape)}, but {tuple(reference.shape)} in the reference; give the "
             "full-precision file of the same network"
         )
-    numel = weight.numel()
-    before = numel * weight.element_size()
+    shape, numel, before = tuple(weight.shape), weight.numel(), memory([weight])
     if grid is None:
-        return InspectedLayer(name, tuple(weight.shape), numel, bytes_before=before, bytes_after=before)
+        return InspectedLayer(name, shape, bytes_before=before, bytes_after=before)
     chosen = weight.reshape(-1) if frozen is None else weight[frozen]
-    counts = torch.bincount(grid.encode(chosen).abs().int(), minlength=1 + grid.magnitudes).tolist()
-    total = max(1, chosen.numel())
-    after = (numel * grid.bits + 7) // 8 if chosen.numel() == numel else before
+    codes = grid.encode(chosen.nan_to_num())
+    off = int((grid.decode(codes, weight.dtype) != chosen).count_nonzero())
+    if off:
+        raise ValueError(
+            f"{name}: {off} weights that the saved state calls frozen are not on its grid; the state and the weights "
+            "do not belong together"
+        )
+    zeros, exponents = _shares(grid, codes) if chosen.numel() else (None, {})
     snr = None
     if reference is not None and chosen.numel():
-        metric = SignalToQuantizationNoise()
-        metric.update(reference.reshape(-1) if frozen is None else reference[frozen], chosen)
-        snr = float(metric.compute())
+        original = reference.reshape(-1) if frozen is None else reference[frozen]
+        snr = float(snr_db(*signal_and_noise(original, chosen)))
+    after = bytes_at(numel, grid.bits) if chosen.numel() == numel else before
     return InspectedLayer(
         name=name,
-        shape=tuple(weight.shape),
-        numel=numel,
+        shape=shape,
         bits=grid.bits,
-        n1=grid.n1,
-        n2=grid.n2,
+        grid=grid if chosen.numel() else None,
         frozen=chosen.numel(),
-        zeros=counts[0] / total if chosen.numel() else None,
-        exponents={} if grid.n2 is None else {grid.n2 + k: count / total for k, count in enumerate(counts[1:])},
+        zeros=zeros,
+        exponents=exponents,
         snr_db=snr,
         bytes_before=before,
         bytes_after=after if stored is None else stored,
     )
 
 
+def _shares(grid: Grid, codes: Tensor) -> tuple[float, dict[int, float]]:
+    """Shares of the zeros and of each exponent among codes."""
+    found = torch.bincount(codes.int() - grid.codes.start, minlength=len(grid.codes)).tolist()
+    zeros, counts = 0, Counter[int]()
+    for level, count in zip(grid.levels.tolist(), found, strict=True):
+        if level:
+            counts[math.frexp(level)[1] - 1] += count
+        else:
+            zeros += count
+    return zeros / codes.numel(), {k: counts[k] / codes.numel() for k in sorted(counts)}
+
+
 def inspect_state(
     state: Mapping[str, Tensor],
-    grids: Mapping[str, PowerOfTwoGrid | None],
+    grids: Mapping[str, Grid | None],
     *,
     frozen: Mapping[str, Tensor] | None = None,
     stored: Mapping[str, int] | None = None,
@@ -251,12 +256,11 @@ def inspect_state(
     """
     layers, other, seen = [], 0, set()
     for name, tensor in state.items():
-        place = (tensor.data_ptr(), tensor.shape)
-        if tensor.numel() and place in seen:
+        if (where := place(name, tensor)) in seen:
             continue
-        seen.add(place)
+        seen.add(where)
         if name not in grids:
-            other += tensor.numel() * tensor.element_size()
+            other += memory([tensor])
             continue
         if reference is not None and name not in reference:
             raise ValueError(f"the reference has no {name}; give the full-precision file of the same network")
@@ -265,13 +269,3 @@ def inspect_state(
             inspect_layer(name, tensor, grids[name], (frozen or {}).get(name), original, (stored or {}).get(name))
         )
     return tuple(layers), other
-
-
-def _text(value: float | None, form: str = "") -> str:
-    return "" if value is None else format(value, form)
-
-
-def _bars(shares: Sequence[float]) -> str:
-    """A bar for each share, the highest one full; only zero has none."""
-    highest = max(shares, default=0.0)
-    return "".join(_BARS[math.ceil(share / highest * 8)] if share else _BARS[0] for share in shares)

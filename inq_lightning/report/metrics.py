@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from inq_lightning.core.size import bits_of, signal_and_noise, snr_db
+
 
 class QuantizedFraction(Metric):
     """Share of the weights that are frozen on their grid, 0 to 1.
@@ -67,12 +69,13 @@ class SignalToQuantizationNoise(Metric):
             weights: Weights before rounding, any shape, floating point.
             quantized: The same weights after rounding, same shape.
         """
-        self.signal += weights.double().square().sum()
-        self.noise += (weights.double() - quantized.double()).square().sum()
+        signal, noise = signal_and_noise(weights, quantized)
+        self.signal += signal
+        self.noise += noise
 
     def compute(self) -> Tensor:
         """The ratio in dB: float64 scalar, inf where nothing was changed, nan before any update."""
-        return decibels(self.signal, self.noise)
+        return snr_db(self.signal, self.noise)
 
 
 class BitsPerWeight(Metric):
@@ -102,14 +105,9 @@ class BitsPerWeight(Metric):
             weights: Tensor of any shape.
             bits: Bits that one of its elements takes; None for the width of its dtype.
         """
-        self.bits += weights.numel() * (8 * weights.element_size() if bits is None else bits)
+        self.bits += bits_of(weights, bits)
         self.total += weights.numel()
 
     def compute(self) -> Tensor:
         """The mean: float64 scalar, nan before any update."""
         return self.bits.double() / self.total
-
-
-def decibels(signal: Tensor, noise: Tensor) -> Tensor:
-    """10·log10(signal / noise)."""
-    return 10 * torch.log10(signal / noise)

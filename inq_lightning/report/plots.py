@@ -16,11 +16,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from inq_lightning._common import import_extra
+from inq_lightning._common import LazyExtra
+from inq_lightning.grid import Grid
+from inq_lightning.grid.base import largest_multiple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+matplotlib_figure = LazyExtra("matplotlib.figure", "train")
 
 # Okabe and Ito's colours, told apart by every kind of colour vision.
 _BLUE, _ORANGE, _GREEN = "#0072B2", "#E69F00", "#009E73"
@@ -42,14 +46,18 @@ class Exponents:
     Attributes:
         frozen: How many frozen weights are nearest to ±2^k, by k; under None, how many are zero.
         free: The same of the free weights.
-        n1: Exponent of the grid's largest level, None without a grid.
-        n2: Exponent of its smallest level, likewise.
+        grid: Their grid; None where there is none yet.
     """
 
     frozen: Mapping[int | None, int] = field(default_factory=dict)
     free: Mapping[int | None, int] = field(default_factory=dict)
-    n1: int | None = None
-    n2: int | None = None
+    grid: Grid | None = None
+
+    @property
+    def levels(self) -> range:
+        """Exponents of the grid's levels; empty without any but zero."""
+        highest = largest_multiple(self.grid).bit_length() if self.grid else 0
+        return range(self.grid.step, self.grid.step + highest) if self.grid else range(0)
 
     @property
     def total(self) -> int:
@@ -61,9 +69,7 @@ class Exponents:
         return (self.frozen.get(exponent, 0) + self.free.get(exponent, 0)) / max(self.total, 1)
 
 
-def count_exponents(
-    weight: Tensor, frozen: Tensor | None = None, n1: int | None = None, n2: int | None = None
-) -> Exponents:
+def count_exponents(weight: Tensor, frozen: Tensor | None = None, grid: Grid | None = None) -> Exponents:
     """Count a layer's weights by the power of two that they are nearest to.
 
     "Nearest" is the paper's equation 4: 2^k stands for 0.75·2^k ≤ abs(w) < 1.5·2^k, so frozen weights count at their
@@ -73,8 +79,7 @@ def count_exponents(
     Args:
         weight: Weights of any shape, floating point.
         frozen: bool of the same shape, True where frozen; left out, all are.
-        n1: Exponent of the grid's largest level, if there is a grid.
-        n2: Exponent of its smallest level.
+        grid: Their grid, if there is one.
     """
     weight = weight.detach()
     frozen = torch.ones_like(weight, dtype=torch.bool) if frozen is None else frozen.to(weight.device)
@@ -89,7 +94,7 @@ def count_exponents(
             found[None] = zeros
         return found
 
-    return Exponents(count(weight[frozen]), count(weight[~frozen]), n1, n2)
+    return Exponents(count(weight[frozen]), count(weight[~frozen]), grid)
 
 
 def split_metric(name: str) -> tuple[str, str] | None:
@@ -124,9 +129,9 @@ def exponent_histogram(layers: Mapping[str, Exponents], title: str = "") -> Figu
     names = _short(layers, 34 if across <= 3 else 30)
     for index, (axes, name, layer) in enumerate(zip(grid.flat, names, layers.values(), strict=False)):
         frozen, free = (_shares(part, columns, layer.total) for part in (layer.frozen, layer.free))
-        if layer.n1 is not None and layer.n2 is not None:
-            left = max(layer.n2, columns.start)
-            axes.axvspan(left - 0.5, layer.n1 + 0.5, color=_GREY, zorder=0, label="levels of the grid")
+        if levels := layer.levels:
+            left = max(levels.start, columns.start)
+            axes.axvspan(left - 0.5, levels.stop - 0.5, color=_GREY, zorder=0, label="levels of the grid")
         axes.bar(places, frozen, 0.85, color=_BLUE, label="frozen")
         axes.bar(places, free, 0.85, frozen, color=_ORANGE, hatch="////", edgecolor="white", linewidth=0, label="free")
         axes.set_title(name, fontsize=9)
@@ -247,7 +252,7 @@ def metrics_against_fraction(points: Sequence[tuple[float, Mapping[str, float]]]
 
 
 def _figure(width: float, height: float, title: str = "") -> Figure:
-    figure: Figure = import_extra("matplotlib.figure", "train").Figure((width, height), dpi=110, layout="constrained")
+    figure: Figure = matplotlib_figure.Figure((width, height), dpi=110, layout="constrained")
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure

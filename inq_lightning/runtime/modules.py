@@ -7,18 +7,21 @@ import functools
 import math
 import warnings
 from collections.abc import Iterable
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from inq_lightning.formats.layers import LayerGrid, find_grids
-from inq_lightning.grid import PowerOfTwoGrid
+from inq_lightning._common import one_of
+from inq_lightning.core.layer import Layer, plain_name
+from inq_lightning.formats.layers import find_grids
+from inq_lightning.grid import Grid, PowerOfTwoGrid
+from inq_lightning.grid.base import largest_multiple, table_order
 
 Activations = Literal["float", "int8"]
 
-LINEAR_BITS = 5  # up to here a weight is an integer of at most ±128 times 2^n2
+LARGEST = 128  # multiple of a grid's unit up to which codes in int8 are the multiples themselves
 SMALL = 1 << 17  # codes of a layer below which multiplying by codes costs more than it saves
 WIDTH = 256  # outputs computed at a time: one pass of the processor's registers over the inputs
 NARROW = 128  # outputs below which the 8 bytes a row of the table weigh too much
@@ -33,7 +36,7 @@ def to_packed(
     model: nn.Module,
     *,
     activations: Activations = "float",
-    layers: Iterable[LayerGrid] | None = None,
+    layers: Iterable[Layer] | None = None,
     allow_partial: bool = False,
 ) -> nn.Module:
     """Copy a quantized network for inference, with int8 codes in the place of its float weights.
@@ -69,13 +72,12 @@ def to_packed(
     Raises:
         ValueError: ``activations`` is unknown, or parameters are not on their grids.
     """
-    if activations not in get_args(Activations):
-        raise ValueError(f"activations must be one of {', '.join(get_args(Activations))}, got {activations!r}")
+    one_of("activations", activations, Activations)
     grids = find_grids(model, layers, allow_partial)
     swapped = {
         id(module.weight): grids[name]
         for prefix, module in model.named_modules(remove_duplicate=False)
-        if type(module) in PACKED and (name := f"{prefix}.weight".lstrip(".").replace("_orig_mod.", "")) in grids
+        if type(module) in PACKED and (name := plain_name(f"{prefix}.weight".lstrip("."))) in grids
     }
     for module in model.modules():
         if type(module) not in PACKED:
@@ -100,37 +102,37 @@ def to_packed(
     return packed
 
 
-def _encode(grid: PowerOfTwoGrid, weight: Tensor) -> tuple[Tensor, int]:
+def _encode(grid: Grid, weight: Tensor) -> tuple[Tensor, int]:
     """int8 codes, and the sign that they carry: see :class:`Packed`."""
     codes = grid.encode(weight)
-    if grid.bits > LINEAR_BITS or grid.n2 is None:
+    if largest_multiple(grid) > LARGEST:
         return codes, 1
-    multiple = torch.ldexp(codes.sign().float(), (codes.abs().int() - 1).clamp_(min=0))
-    sign = -1 if bool((multiple == 128).any()) else 1
-    return multiple.mul_(sign).clamp_(max=127).to(torch.int8), sign
+    table = grid.multiples(torch.tensor(table_order(grid.codes))).float()
+    multiples = table.to(codes.device)[codes.int()]
+    sign = -1 if bool((multiples == 128).any()) else 1
+    return multiples.mul_(sign).clamp_(max=127).to(torch.int8), sign
 
 
 class Packed(nn.Module):
     """What packed layers have in common.
 
     Attributes:
-        codes: int8, the shape of the weight. Up to 5 bits, the weight as a multiple of 2^n2, or the negative of it:
-            int8 holds -128 but not 128, for which 127, no power of two, stands where a layer has both. With more bits,
-            the codes of :meth:`PowerOfTwoGrid.encode <inq_lightning.grid.PowerOfTwoGrid.encode>`. Large linear layers
-            in float mode have them in their state_dict only, see :class:`PackedLinear`.
-        grid: int64 of shape (3,): bits, n2, and the sign of the codes.
+        codes: int8, the shape of the weight. Up to 5 bits, the weight as a multiple of the grid's 2^step, or the
+            negative of it: int8 holds -128 but not 128, for which 127, no power of two, stands where a layer has both.
+            With more bits, the codes of the grid's ``encode``. Large linear layers in float mode have them in their
+            state_dict only, see :class:`PackedLinear`.
+        grid: int64 of shape (3,): bits, step, and the sign of the codes.
     """
 
     codes: Tensor
     grid: Tensor
     activations: Activations
     _zero: Tensor
+    _levels: Tensor | None  # by code, where codes are no multiples; as the bits of float64, which .half() leaves alone
 
-    def _fill(
-        self, codes: Tensor, sign: int, grid: PowerOfTwoGrid, dtype: torch.dtype, activations: Activations
-    ) -> None:
+    def _fill(self, codes: Tensor, sign: int, grid: Grid, dtype: torch.dtype, activations: Activations) -> None:
         self.register_buffer("codes", codes)
-        self.register_buffer("grid", torch.tensor([grid.bits, grid.n2 or 0, sign], device=codes.device))
+        self.register_buffer("grid", torch.tensor([grid.bits, grid.step, sign], device=codes.device))
         self.register_buffer("_zero", codes.new_zeros((), dtype=dtype), persistent=False)  # follows .to(dtype)
         self.activations = activations
         self._read_grid()
@@ -141,10 +143,15 @@ class Packed(nn.Module):
         vars(self).update({name: value for name, value in vars(twin).items() if name not in vars(self)})
 
     def _read_grid(self) -> None:
-        self._bits, self._n2, sign = (int(number) for number in self.grid)
-        self._linear = self._bits <= LINEAR_BITS
+        bits, self._step, sign = (int(number) for number in self.grid)
+        grid = PowerOfTwoGrid(self._step - 1 + (1 << bits - 2), bits)
+        self._largest = largest_multiple(grid)
+        self._linear = self._largest <= LARGEST
         self._wide = self._linear and sign < 0 and bool((self._natural() == 127).any())
-        self._scale = math.ldexp(sign, self._n2)
+        self._scale = math.ldexp(sign, self._step)
+        order = torch.tensor(table_order(grid.codes))
+        levels = None if self._linear else grid.decode(order, torch.float64).view(torch.int64).to(self.grid.device)
+        self.register_buffer("_levels", levels, persistent=False)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
@@ -157,12 +164,11 @@ class Packed(nn.Module):
     def _decode(self) -> Tensor:
         """The weight in floating point, bit for bit what was packed; not kept."""
         codes, zero = self._natural(), cast("Tensor", self._buffers["_zero"])
-        dtype = zero.dtype
-        if dtype.itemsize < 4 or (dtype is torch.float32 and self._n2 < -126):
+        dtype, levels = zero.dtype, self._buffers["_levels"]
+        if levels is not None:
+            return levels.view(torch.float64).to(dtype)[codes.int()]
+        if dtype.itemsize < 4 or (dtype is torch.float32 and self._step < -126):
             zero = zero.double()  # the step may be too small for the type, and the result not
-        if not self._linear:
-            codes = codes.to(zero.dtype)
-            return torch.ldexp(codes.sign(), codes.abs() + (self._n2 - 1)).to(dtype)
         weight = torch.add(zero, codes, alpha=self._scale)  # in the type of zero; 0 times -1 would be -0.0
         if self._wide:
             torch.threshold_(weight, 126.5 * self._scale, 128 * self._scale)
@@ -199,7 +205,7 @@ class PackedLinear(Packed, nn.Linear):
             counts = outputs.bincount(minlength=self.out_features)
             self.register_buffer("_top", inputs.int(), persistent=False)
             self.register_buffer("_top_starts", functional.pad(counts.cumsum(0), (1, 0)).int(), persistent=False)
-        exact = self._zero.dtype is torch.float32 and -126 <= self._n2 <= 119  # the scale, and 128 of it
+        exact = self._zero.dtype is torch.float32 and -126 <= self._step <= 119  # the scale, and 128 of it
         if self.activations == "float" and self.out_features >= NARROW and exact and _has_bags():
             self._tabulate()
 
@@ -208,7 +214,7 @@ class PackedLinear(Packed, nn.Linear):
         n, k, device = self.out_features, self.in_features, self.codes.device
         blocks = -(-n // WIDTH)
         width = -(-n // blocks)
-        offset = self._offset()
+        offset = self._largest
         codes = functional.pad(self.codes.view(torch.uint8), (0, 0, 0, blocks * width - n)) + offset  # modulo 256
         tail = torch.tensor([self._scale, -offset * self._scale], device=device).view(torch.uint8)
         table = torch.cat([codes.view(blocks, width, k).transpose(1, 2), tail.expand(blocks, k, 8)], 2)
@@ -219,15 +225,12 @@ class PackedLinear(Packed, nn.Linear):
         self.register_buffer("_starts", starts.flatten().int(), persistent=False)
         del self.codes
 
-    def _offset(self) -> int:
-        return int(1 << ((1 << (self._bits - 2)) - 1))  # the largest magnitude
-
     def _natural(self) -> Tensor:
         table = self._buffers.get("_table")
         if table is None:
             return super()._natural()
         codes = table[:, :-8].view(-1, self.in_features, table.shape[1] - 8).transpose(1, 2)
-        return (codes.reshape(-1, self.in_features)[: self.out_features] - self._offset()).view(torch.int8)
+        return (codes.reshape(-1, self.in_features)[: self.out_features] - self._largest).view(torch.int8)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -82,7 +82,8 @@ def test_other_formats_take_the_network_from_a_factory(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--speed"], "--speed has no meaning for --format packed"),
+        (["--activations", "int8"], "--activations has no meaning for --format packed"),
+        (["--format", "fp8", "--input-shape", "1,8"], "--input-shape has no meaning for --format fp8"),
         (["--format", "onnx", "--entropy-coded"], "--entropy-coded has no meaning for --format onnx"),
         (["--format", "fp8"], "no run of inq-train around the checkpoint"),
         (["--format", "fp8", "--model", "my_other_networks"], "give MODULE:FACTORY"),
@@ -109,7 +110,7 @@ def test_files_that_are_no_checkpoint_and_networks_off_the_grid_are_refused(
     (tmp_path / "text.pt").write_text("no checkpoint")
     messages = {
         "float.pt": "weight is not on a grid",
-        "list.pt": "neither a Lightning checkpoint nor a state_dict",
+        "list.pt": "holds a list, not a checkpoint or a state_dict",
         "text.pt": "cannot be read",
         "none.pt": "none.pt",
     }

@@ -49,7 +49,7 @@ def test_freezing_rounds_exactly_the_chosen_weights_and_leaves_the_others(
 ) -> None:
     w = random(13, 11, dtype=dtype)
     w[0, :4] = 0
-    frozen = FrozenWeight("w", w, bits, underflow)
+    frozen = FrozenWeight("w", w, bits, underflow, "max")
     n1 = fit(fractions(w))
     mask = torch.zeros_like(w, dtype=torch.bool)
     assert not frozen.mask.any()

@@ -4,7 +4,6 @@ import io
 import json
 import subprocess
 import sysconfig
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from inq_lightning import PRESETS, FrozenWeight, INQCallback, Schedule, select_p
 from inq_lightning.core.plan import Plan
 from inq_lightning.recipes.plan import make_plan
 from inq_lightning.report.run import Report
+from inq_lightning.report.tables import plan_table
 
 
 class Recorder(Callback):
@@ -49,13 +49,13 @@ def assert_comes_true(plan: Plan, module: LightningModule, callback: INQCallback
     trainer(callback, recorder, **options).fit(module)
     began = recorder.epochs if plan.unit == "epoch" else recorder.steps
     assert [phase.start for phase in plan.phases] == began
-    assert [list(counts) for counts in zip(*(layer.frozen for layer in plan.layers), strict=True)] == recorder.frozen
+    assert [list(counts) for counts in zip(*(layer.counts for layer in plan.layers), strict=True)] == recorder.frozen
     assert [phase.frozen for phase in plan.phases] == [sum(counts) for counts in recorder.frozen]
     assert [phase.fraction for phase in plan.phases] == recorder.fractions
     assert [(x.name, x.shape, x.bits, x.numel) for x in plan.layers] == [
         (x.name, x.shape, x.bits, x.numel) for x in callback.layers
     ]
-    report = Report.of(module, callback, {}, {}, 0.0)
+    report = Report.of(module, callback.layers, {}, {}, 0.0)
     assert (plan.bytes_before, plan.bytes_after) == (report.bytes_before, report.bytes_after)
 
 
@@ -109,7 +109,7 @@ def test_the_counts_are_those_of_freezing(numel: int, portions: list[float], kee
     for portion in schedule.portions:
         weight.freeze(portion)
         frozen.append(weight.frozen)
-    assert list(plan.layers[0].frozen) == frozen
+    assert list(plan.layers[0].counts) == frozen
 
 
 def test_planning_changes_nothing() -> None:
@@ -150,11 +150,12 @@ def test_a_lazy_layer_is_named() -> None:
 
 def test_the_plan_is_plain_json() -> None:
     plan = INQCallback(schedule=SCHEDULE).plan(TinyModule())
-    values = json.loads(json.dumps(asdict(plan), allow_nan=False))
+    values = json.loads(json.dumps(plan.as_dict(), allow_nan=False))
     assert values["layers"][0] == {
         "name": "net.0.weight",
         "shape": [14, 8],
         "bits": 5,
+        "grid": None,
         "numel": 112,
         "kept": 0,
         "frozen": [56, 84, 98, 112],
@@ -164,7 +165,7 @@ def test_the_plan_is_plain_json() -> None:
 
 def text(plan: Plan) -> str:
     console = Console(file=io.StringIO(), width=100)
-    console.print(plan.table())
+    console.print(plan_table(plan))
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 

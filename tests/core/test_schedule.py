@@ -171,7 +171,7 @@ def test_spreading_gives_every_phase_its_share_of_the_run(portions: tuple[float,
 def test_a_run_shorter_than_the_phases_cannot_be_spread() -> None:
     schedule = Schedule.from_preset("4bit")
     assert schedule.spread(6).starts == (0, 1, 2, 3, 4, 5)
-    with pytest.raises(ValueError, match="need at least 6 epochs, one for each, but the Trainer runs 5"):
+    with pytest.raises(ValueError, match="need at least 6 epochs, one for each, but training runs 5"):
         schedule.spread(5)
     with pytest.raises(ValueError, match="at least 2 steps"):
         Schedule((0.5, 1.0), unit="step").spread(1)

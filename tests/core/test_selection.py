@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import copy
+import sys
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from inq_lightning.core.matrices import _LAYERS
 from inq_lightning.core.selection import select_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.*")
@@ -99,6 +103,7 @@ def test_weights_that_are_not_trained_are_left_out() -> None:
     net[4].weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"no weight to quantize.*candidates were 0\.weight, 4\.weight"):
         select_parameters(net)
+    assert names(net, trainable_only=False) == ["0.weight", "4.weight"]
 
 
 def test_a_shared_weight_comes_once_under_the_first_layers_name() -> None:
@@ -253,3 +258,177 @@ def test_the_module_is_left_as_it_was() -> None:
     after = dict(net.named_parameters())
     assert list(after) == list(before)
     assert all(after[name] is p and torch.equal(p, values) for name, (p, values) in before.items())
+
+
+# ---- layers of other libraries and of one's own ----------------------------------------------------------------------
+
+
+def library_layer(package: str, name: str, **shapes: tuple[int, ...]) -> nn.Module:
+    """A layer as a library defines it, without the library."""
+    layer = type(name, (nn.Module,), {"__module__": f"{package}.some.module"})()
+    for attribute, shape in shapes.items():
+        layer.register_parameter(attribute, nn.Parameter(torch.randn(shape)))
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("package", "name"), [(package, name) for package in _LAYERS for name in sorted(_LAYERS[package])]
+)
+def test_layers_of_well_known_libraries_are_selected_without_importing_them(package: str, name: str) -> None:
+    layer = library_layer(package, name, weight=(3, 4), bias=(4,))
+    heir = type("Heir", (type(layer),), {"__module__": "my.package"})()
+    heir.weight = nn.Parameter(torch.zeros(2, 2))
+    net = nn.ModuleDict({"first": layer, "heir": heir, "head": nn.Linear(2, 2)})
+    assert names(net) == ["first.weight", "heir.weight", "head.weight"]
+    assert package not in sys.modules or package == "torchvision"
+    stranger = library_layer("my.package", name, weight=(3, 4))
+    assert names(nn.ModuleDict({"first": stranger, "head": nn.Linear(2, 2)})) == ["head.weight"]
+
+
+def test_every_matrix_of_a_layer_with_several_is_selected_and_no_norm() -> None:
+    shapes = {"layer_norm_weight": (4,), "fc1_weight": (8, 4), "fc1_bias": (8,), "fc2_weight": (4, 8)}
+    assert names(library_layer("transformer_engine", "LayerNormMLP", **shapes)) == ["fc1_weight", "fc2_weight"]
+
+
+class Own(nn.Module):
+    """Parameters of every kind of one's own: by themselves, in containers, of three dimensions, no matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.listed = nn.ParameterList([torch.randn(4, 4), torch.randn(4, 4)])
+        self.named = nn.ParameterDict({"q": torch.randn(4, 4)})
+        self.experts = nn.Module()
+        self.experts.gate_up = nn.Parameter(torch.randn(3, 4, 8))
+        self.embed = nn.Embedding(5, 4)
+        self.norm = nn.LayerNorm([2, 4])
+        self.head = nn.Linear(4, 2)
+        self.scale = nn.Parameter(torch.ones(4))
+        self.codes = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+
+
+OWN = ["weight", "listed.0", "listed.1", "named.q", "experts.gate_up", "embed.weight"]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_pattern_takes_whatever_has_two_dimensions_or_more(name: str) -> None:
+    assert names(Own(), include=[name]) == [name]
+
+
+def test_patterns_take_layers_lists_and_everything() -> None:
+    assert names(Own(), include=["listed", "experts*"]) == ["listed.0", "listed.1", "experts.gate_up"]
+    everything = [*OWN, "norm.weight", "norm.bias", "head.weight"]
+    assert names(Own(), include=["*"]) == everything
+    assert names(Own(), include=["*"], exclude=["norm", "*embed*"]) == [*OWN[:-1], "head.weight"]
+    widths = {s.name: s.bits for s in select_parameters(Own(), include=["*"], layer_bits={"experts": 3})}
+    assert widths["experts.gate_up"] == 3
+    for pattern in ("scale", "codes"):
+        with pytest.raises(ValueError, match=f"include pattern '{pattern}' matches no weight"):
+            names(Own(), include=[pattern])
+
+
+def test_what_is_left_out_is_told_with_the_reason() -> None:
+    net = nn.ModuleDict({"own": Own(), "frozen": nn.Linear(2, 2), "out": nn.Linear(2, 2), "copy": nn.Linear(2, 2)})
+    net["frozen"].requires_grad_(False)
+    optimizer = torch.optim.SGD([p for name, p in net.named_parameters() if not name.startswith("copy")])
+    selection = select_parameters(net, exclude=["out"], optimizers=[optimizer])
+    assert [s.name for s in selection] == ["own.head.weight"]
+    reasons = {one.name: one.reason for one in selection.left_out}
+    assert reasons == {
+        **dict.fromkeys([f"own.{name}" for name in OWN[:-1]], "own layer type"),
+        "own.embed.weight": "embedding",
+        "frozen.weight": "frozen",
+        "out.weight": "excluded",
+        "copy.weight": "not optimized",
+    }
+    assert {one.layer for one in selection.left_out if one.name == "own.weight"} == {"Own"}
+    assert selection.coverage.total == sum(p.numel() for n, p in net.named_parameters() if n in reasons) + 8
+    reasons = {one.name: one.reason for one in select_parameters(net, include=["own.head"]).left_out}
+    assert set(reasons.values()) == {"not included"}
+
+
+def test_a_network_of_layers_that_nobody_knows_is_refused_with_what_to_write() -> None:
+    net = Own()
+    del net.head
+    with pytest.raises(ValueError, match=r"no weight to quantize(.|\n)*include=\[\"\*\"\]"):
+        select_parameters(net)
+
+
+# ---- what is trained -------------------------------------------------------------------------------------------------
+
+
+def test_copies_that_no_optimizer_holds_are_left_alone() -> None:
+    net = nn.ModuleDict({"online": nn.Linear(2, 2)})
+    net["average"] = copy.deepcopy(net["online"])
+    one, other = (torch.optim.SGD(net[part].parameters()) for part in ("online", "average"))
+    assert names(net, optimizers=[one]) == ["online.weight"]
+    assert names(net, include=["*"], optimizers=[one]) == ["online.weight"]
+    assert names(net, optimizers=[one, other]) == ["online.weight", "average.weight"]
+
+
+def test_optimizers_of_something_else_say_nothing() -> None:
+    elsewhere = torch.optim.SGD([nn.Parameter(torch.zeros(1))])  # as Lightning makes where there is none
+    assert names(small_net(), optimizers=[elsewhere]) == ["0.weight", "4.weight"]
+
+
+def test_frozen_weights_are_selected_where_asked_for() -> None:
+    net = small_net().requires_grad_(False)
+    assert names(net, trainable_only=False) == ["0.weight", "4.weight"]
+    assert not any(p.requires_grad for p in net.parameters())
+
+
+# ---- every name of a tied weight -------------------------------------------------------------------------------------
+
+
+class TiedHead(nn.Module):
+    """Multiplies by a parameter that belongs to another layer."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.matrix = weight
+
+
+def tied(kind: str) -> tuple[nn.Module, str, str]:
+    """A network in which a weight has two names, both of them."""
+    embed = nn.Embedding(5, 4)
+    if kind == "a linear head":
+        head = nn.Linear(4, 5, bias=False)
+        head.weight = embed.weight
+        return nn.ModuleDict({"token_embed": embed, "body": nn.Linear(4, 4), "head": head}), "token_embed", "head"
+    if kind == "an own head":
+        net = {"token_embed": embed, "body": nn.Linear(4, 4), "head": TiedHead(embed.weight)}
+        return nn.ModuleDict(net), "token_embed", "head"
+    shared = nn.Linear(4, 4)
+    return nn.ModuleDict({"first": shared, "body": nn.Linear(4, 4), "second": nn.Sequential(shared)}), "first", "second"
+
+
+@pytest.mark.parametrize("kind", ["a linear head", "an own head", "a shared layer"])
+def test_patterns_find_a_tied_weight_by_each_of_its_names(kind: str) -> None:
+    net, one, other = tied(kind)
+    name = next(iter(dict(net.named_parameters())))
+    assert names(net, embeddings=True) == [name, "body.weight"], "under the name that the module lists"
+    for pattern in (f"{one}*", f"*{other[1:]}*", f"{one}.weight"):
+        assert names(net, embeddings=True, exclude=[pattern]) == ["body.weight"]
+        assert names(net, include=[pattern]) == [name]
+        widths = {s.name: s.bits for s in select_parameters(net, embeddings=True, layer_bits={pattern: 8})}
+        assert widths == {name: 8, "body.weight": 5}
+
+
+def test_a_tied_weight_is_selected_where_one_of_its_layers_is() -> None:
+    assert names(tied("a linear head")[0]) == ["token_embed.weight", "body.weight"]
+    assert names(tied("an own head")[0]) == ["body.weight"]
+
+
+# ---- names with special characters -----------------------------------------------------------------------------------
+
+
+def test_names_with_the_characters_of_patterns_mean_themselves() -> None:
+    net = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("b[0]", "b0", "x*", "xy", "what?", "[")})
+    for name in net:
+        for pattern in (name, f"{name}.weight"):
+            assert names(net, include=[pattern]) == [f"{name}.weight"]
+            assert names(net, exclude=[pattern]) == [f"{other}.weight" for other in net if other != name]
+            widths = {s.name: s.bits for s in select_parameters(net, layer_bits={pattern: 3})}
+            assert [n for n, bits in widths.items() if bits == 3] == [f"{name}.weight"]
+    assert names(net, include=["b[[]*"]) == ["b[0].weight"]
+    assert names(net, include=["b[0].*"]) == ["b0.weight"]

@@ -4,31 +4,26 @@ import json
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from accelerators import grids_and_dtypes, on_grid, quantize
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support import SCHEDULE, TinyModule, assert_same_state, same_bits, trainer
+from support import SCHEDULE, TinyModule, assert_same_state, record, same_bits, trainer
 from torch import Tensor, nn
-from torchao.prototype.mx_formats.mx_tensor import MXTensor
 
 from inq_lightning import INQCallback, PowerOfTwoGrid
 from inq_lightning.formats import accelerator
-from inq_lightning.formats.accelerator import FORMATS, read_accelerator, save_accelerator, to_torchao
+from inq_lightning.formats.accelerator import NUMBER_FORMATS, read_accelerator, save_accelerator
+from inq_lightning.runtime.torchao import to_torchao
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 E3M2 = [k / 16 for k in (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28)]
 E3M2 += [2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 14.0, 16.0, 20.0, 24.0, 28.0]
-
-
-class Layer(NamedTuple):
-    name: str
-    bits: int
-    n1: int | None
 
 
 class Bare(nn.Module):
@@ -39,21 +34,6 @@ class Bare(nn.Module):
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(torch.tensor([0.1, -0.0, 3.0]))
         self.register_buffer("steps", torch.tensor(7))
-
-
-def on_grid(shape: tuple[int, ...], grid: PowerOfTwoGrid, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    m = 0 if grid.n1 is None else grid.magnitudes
-    codes = torch.randint(-m, m + 1, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
-    return grid.decode(codes, dtype)
-
-
-def quantize(model: nn.Module, bits: int) -> nn.Module:
-    """Round every weight matrix and kernel of a network."""
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() > 1:
-                p.copy_(PowerOfTwoGrid.from_weights(p, bits).quantize(p))
-    return model.eval()
 
 
 def numpy_decode(path: Path, name: str, shape: tuple[int, ...], target: str) -> np.ndarray[Any, Any]:
@@ -90,19 +70,6 @@ def numpy_decode(path: Path, name: str, shape: tuple[int, ...], target: str) -> 
     return rows[..., :columns].reshape(shape)
 
 
-@st.composite
-def grids_and_dtypes(draw: st.DrawFn) -> tuple[str, PowerOfTwoGrid, torch.dtype]:
-    target = draw(st.sampled_from(sorted(FORMATS)))
-    bits = draw(st.integers(2, FORMATS[target].max_bits))
-    dtype = draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
-    lowest, highest = {torch.float16: (-24, 15), torch.bfloat16: (-133, 127)}.get(dtype, (-149, 127))
-    magnitudes = 1 << bits - 2
-    # Where the scale fits: E8M0 or a normal float32, see _scale_exponent.
-    below = {"mxfp4": -127 + 2, "mxfp6": -127 + 4, "fp8": -126 + 8, "int8": -126 + magnitudes - 1}[target]
-    n1 = draw(st.none() | st.integers(max(below, lowest + magnitudes - 1), highest))
-    return target, PowerOfTwoGrid(n1, bits), dtype
-
-
 @given(grids_and_dtypes(), st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(0, 99))
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_files_hold_every_grid_bit_for_bit(
@@ -111,7 +78,7 @@ def test_files_hold_every_grid_bit_for_bit(
     target, grid, dtype = drawn
     size = tuple(n if i == 0 or len(shape) < 3 else n % 5 + 1 for i, n in enumerate(shape))
     model, path = Bare(on_grid(size, grid, seed, dtype)), tmp_path / "out.safetensors"
-    save_accelerator(model, path, target, layers=[Layer("weight", grid.bits, grid.n1)])  # type: ignore[arg-type]
+    save_accelerator(model, path, target, layers=[record("weight", grid.bits, grid.n1)])  # type: ignore[arg-type]
     expected = model.weight.detach().double().numpy()
     assert np.array_equal(numpy_decode(path, "weight", size, target), expected)
     state = read_accelerator(path)
@@ -121,24 +88,24 @@ def test_files_hold_every_grid_bit_for_bit(
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("target", sorted(FORMATS))
+@pytest.mark.parametrize("target", sorted(NUMBER_FORMATS))
 def test_every_format_holds_as_many_powers_of_two_as_its_bits_need_and_no_more(target: str) -> None:
     every_byte = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).tolist()
     elements = {"mxfp4": E2M1, "mxfp6": E3M2, "fp8": every_byte, "int8": range(128)}[target]
     powers = {x for x in elements if x > 0 and math.frexp(x)[0] == 0.5}
-    assert 1 << FORMATS[target].max_bits - 2 <= len(powers) < 1 << FORMATS[target].max_bits - 1
+    assert 1 << NUMBER_FORMATS[target].max_bits - 2 <= len(powers) < 1 << NUMBER_FORMATS[target].max_bits - 1
 
 
-@pytest.mark.parametrize("target", sorted(FORMATS))
+@pytest.mark.parametrize("target", sorted(NUMBER_FORMATS))
 def test_extreme_exponents_fit_up_to_the_scales_range_and_are_refused_beyond(target: str, tmp_path: Path) -> None:
-    magnitudes = 1 << FORMATS[target].max_bits - 2
+    magnitudes = 1 << NUMBER_FORMATS[target].max_bits - 2
     top = {"mxfp4": 2, "mxfp6": 4, "fp8": 8, "int8": magnitudes - 1}[target]
     lowest = (-127 if target.startswith("mx") else -126) + top
     path = tmp_path / "out.safetensors"
     for n1, fits in ((127 + top, True), (128 + top, False), (lowest, True), (lowest - 1, False)):
-        grid = PowerOfTwoGrid(n1, FORMATS[target].max_bits)
+        grid = PowerOfTwoGrid(n1, NUMBER_FORMATS[target].max_bits)
         weight = grid.levels[grid.levels.abs() >= 2.0**n1 / magnitudes]
-        model, layers = Bare(weight), [Layer("weight", grid.bits, n1)]
+        model, layers = Bare(weight), [record("weight", grid.bits, n1)]
         if fits:
             save_accelerator(model, path, target, layers=layers)  # type: ignore[arg-type]
             assert same_bits(read_accelerator(path)["weight"], model.weight)
@@ -147,7 +114,7 @@ def test_extreme_exponents_fit_up_to_the_scales_range_and_are_refused_beyond(tar
                 save_accelerator(model, path, target, layers=layers)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("target", sorted(FORMATS))
+@pytest.mark.parametrize("target", sorted(NUMBER_FORMATS))
 def test_a_trained_network_comes_back_whole_and_predicts_the_same(target: str, tmp_path: Path) -> None:
     module, callback = TinyModule(), INQCallback(bits=4, schedule=SCHEDULE)
     trainer(callback).fit(module)
@@ -175,37 +142,37 @@ def test_tied_and_compiled_weights_are_stored_once_under_their_own_names(tmp_pat
 def test_the_documented_layout_is_what_the_file_has(tmp_path: Path) -> None:
     row = torch.tensor([0.5, -1.0, 2.0, -4.0] + [0.0] * 29)  # 33 weights: two blocks
     path = tmp_path / "out.safetensors"
-    save_accelerator(Bare(torch.stack([row, -row])), path, "mxfp4", layers=[Layer("weight", 4, 2)])
+    save_accelerator(Bare(torch.stack([row, -row])), path, "mxfp4", layers=[record("weight", 4, 2)])
     tensors = load_file(path)
     assert tensors["weight_packed"].shape == (2, 32)
     assert tensors["weight_packed"][0, :3].tolist() == [0b1010_0001, 0b1110_0100, 0]
     assert tensors["weight_scale"].tolist() == [[127, 127], [127, 127]]
-    save_accelerator(Bare(row), path, "mxfp6", layers=[Layer("weight", 5, 4)])
+    save_accelerator(Bare(row), path, "mxfp6", layers=[record("weight", 5, 4)])
     tensors = load_file(path)
     assert tensors["weight_packed"].shape == (48,)
     e3m2 = [0b001000, 0b101100, 0b010000, 0b110100]  # sign, three exponent bits of bias 3, two mantissa bits
     stream = sum(e << 6 * i for i, e in enumerate(e3m2))
     assert tensors["weight_packed"][:4].tolist() == [*stream.to_bytes(3, "little"), 0]
     assert tensors["weight_scale"].tolist() == [127, 127]
-    save_accelerator(Bare(row), path, "int8", layers=[Layer("weight", 4, 2)])
+    save_accelerator(Bare(row), path, "int8", layers=[record("weight", 4, 2)])
     tensors = load_file(path)
     assert tensors["weight"][:5].tolist() == [1, -2, 4, -8, 0]
     assert tensors["weight_scale"].tolist() == [0.5]
 
 
-@pytest.mark.parametrize("target", sorted(FORMATS))
+@pytest.mark.parametrize("target", sorted(NUMBER_FORMATS))
 def test_negative_zero_becomes_zero(target: Any, tmp_path: Path) -> None:
-    save_accelerator(Bare(torch.tensor([-0.0, 1.0, -1.0])), tmp_path / "out", target, layers=[Layer("weight", 2, 0)])
+    save_accelerator(Bare(torch.tensor([-0.0, 1.0, -1.0])), tmp_path / "out", target, layers=[record("weight", 2, 0)])
     assert same_bits(read_accelerator(tmp_path / "out")["weight"], torch.tensor([0.0, 1.0, -1.0]))
 
 
 def test_bits_a_weight_are_those_of_the_table(tmp_path: Path) -> None:
     model = quantize(nn.Linear(256, 256, bias=False), 4)
-    for target in FORMATS:
+    for target in NUMBER_FORMATS:
         save_accelerator(model, tmp_path / target, target)  # type: ignore[arg-type]
         size = sum(t.numel() * t.element_size() for t in load_file(tmp_path / target).values())
         whole = 4 if target in ("fp8", "int8") else 0  # the scale of the tensor
-        assert 8 * (size - whole) == FORMATS[target].bits_per_weight * model.weight.numel()
+        assert 8 * (size - whole) == NUMBER_FORMATS[target].bits_per_weight * model.weight.numel()
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
@@ -227,7 +194,7 @@ def test_what_does_not_fit_is_refused_by_name(
     convert: str, target: Any, bits: int | None, message: str, tmp_path: Path
 ) -> None:
     model, path = nn.Sequential(nn.Linear(32, 32), nn.ReLU()), tmp_path / "out.safetensors"
-    layers = None if bits is None else [Layer("0.weight", bits, -2)]
+    layers = None if bits is None else [record("0.weight", bits, -2)]
     if bits is not None:
         model[0].weight.data = PowerOfTwoGrid(-2, bits).quantize(model[0].weight.data)
     path.write_bytes(b"what was there before")
@@ -268,8 +235,8 @@ def test_other_files_and_later_versions_are_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(1)}, tmp_path / "plain")
     with pytest.raises(ValueError, match="no inq_accelerator metadata"):
         read_accelerator(tmp_path / "plain")
-    save_file({"weight": torch.ones(1)}, tmp_path / "later", {"inq_accelerator": '{"version": 2}'})
-    with pytest.raises(ValueError, match="has version 2, this release reads version 1"):
+    save_file({"weight": torch.ones(1)}, tmp_path / "later", {"inq_accelerator": '{"version": 3}'})
+    with pytest.raises(ValueError, match="has version 3, this release reads versions 1 and 2"):
         read_accelerator(tmp_path / "later")
 
 
@@ -277,112 +244,8 @@ def test_other_files_and_later_versions_are_refused(tmp_path: Path) -> None:
 def test_a_file_with_a_wrong_bit_never_gets_its_name(
     target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pack = accelerator._pack
-    monkeypatch.setattr(accelerator, "_pack", lambda elements, width: pack(elements, width) ^ 1)
+    pack = accelerator.pack_elements
+    monkeypatch.setattr(accelerator, "pack_elements", lambda elements, width: pack(elements, width) ^ 1)
     with pytest.raises(ValueError, match=f"weight does not come back bit for bit from {target}"):
         save_accelerator(quantize(nn.Linear(32, 32), 4), tmp_path / "out", target)
     assert not list(tmp_path.iterdir())
-
-
-# ---- torchao ---------------------------------------------------------------------------------------------------------
-
-
-@given(grids_and_dtypes(), st.integers(1, 8), st.integers(1, 3), st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
-def test_torchao_gives_every_grid_back_bit_for_bit_or_refuses(
-    drawn: tuple[str, PowerOfTwoGrid, torch.dtype], rows: int, blocks: int, seed: int
-) -> None:
-    target, grid, dtype = drawn
-    model = nn.Linear(32 * blocks, rows, dtype=dtype)
-    model.weight.data = on_grid((rows, 32 * blocks), grid, seed, dtype)
-    layers = [Layer("weight", grid.bits, grid.n1)]
-    # Where torchao's arithmetic has less range than the format: scales in float16 cannot be below 2^-24.
-    narrow = target.startswith("mx") and dtype is torch.float16 and grid.n1 is not None
-    if narrow and grid.n1 - {"mxfp4": 2, "mxfp6": 4}[target] < -24:
-        with pytest.raises(ValueError, match="does not come back bit for bit"):
-            to_torchao(model, target, layers=layers)  # type: ignore[arg-type]
-        return
-    assume(not (target == "int8" and dtype is torch.float64))  # refused, see below
-    weight = to_torchao(model, target, layers=layers).weight  # type: ignore[arg-type]
-    assert type(weight).__name__ in ("MXTensor", "Float8Tensor", "IntxUnpackedToInt8Tensor")
-    assert weight.dtype is dtype
-    assert same_bits(weight.dequantize(), model.weight)  # type: ignore[operator]
-
-
-class Everything(nn.Module):
-    """Convolutions in all styles, attention, a tied embedding, a linear layer; (batch, 3, 8, 8) to (batch, 64, 40)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convolutions = nn.Sequential(
-            nn.Conv2d(3, 16, 3, padding="same"),
-            nn.Conv2d(16, 16, 3, padding=1, groups=16, padding_mode="circular"),
-            nn.ConvTranspose2d(16, 32, 1),
-            nn.Conv2d(32, 64, 3, padding=2, dilation=2, bias=False),
-        )
-        self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
-        self.embedding = nn.Embedding(40, 64)
-        self.linear = nn.Linear(64, 40, bias=False)
-        self.linear.weight = self.embedding.weight
-        self.last = nn.Linear(40, 40)
-
-    def forward(self, images: Tensor) -> Tensor:
-        tokens = self.convolutions(images).flatten(2).mT + self.embedding(torch.arange(64) % 40)
-        return self.last(self.linear(self.attention(tokens, tokens, tokens)[0]))
-
-
-@torch.no_grad()
-def test_int8_networks_run_in_torchao_with_identical_outputs() -> None:
-    torch.manual_seed(0)
-    model = quantize(Everything(), 4)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    converted = to_torchao(model, "int8")
-    names = {n for n, p in converted.named_parameters() if type(p).__name__ == "IntxUnpackedToInt8Tensor"}
-    assert names == {*(f"convolutions.{i}.weight" for i in (0, 1, 3)), "last.weight"}
-    assert converted.linear.weight is converted.embedding.weight  # type: ignore[union-attr]
-    images = torch.randn(2, 3, 8, 8)
-    assert torch.equal(converted(images), model(images))
-    assert all(same_bits(value, before[name]) for name, value in model.state_dict().items())
-
-
-@torch.no_grad()
-def test_fp8_linear_layers_run_in_torchao_with_float_activations() -> None:
-    torch.manual_seed(0)
-    model = quantize(nn.Sequential(nn.Linear(70, 50, bias=False), nn.ReLU(), nn.Linear(50, 30)), 5)
-    converted, x = to_torchao(model, "fp8"), torch.randn(4, 9, 70)
-    assert torch.equal(converted[0](x), model[0](x))  # type: ignore[index]
-    torch.testing.assert_close(converted(x), model(x), rtol=1e-6, atol=1e-6)  # the bias is added apart
-
-
-@pytest.mark.parametrize("target", ["mxfp4", "mxfp6"])
-@torch.no_grad()
-def test_mx_linear_layers_run_in_torchao_as_the_float_network_on_mx_activations(target: Any) -> None:
-    torch.manual_seed(0)
-    model = quantize(nn.Linear(96, 20), 4)
-    converted, x = to_torchao(model, target), torch.randn(7, 96)
-    element = torch.float4_e2m1fn_x2 if target == "mxfp4" else "fp6_e3m2"
-    assert torch.equal(converted(x), model(MXTensor.to_mx(x, element).dequantize()))
-
-
-def test_shapes_that_torchao_cannot_hold_are_refused_or_left_out() -> None:
-    model = quantize(nn.Sequential(nn.Linear(40, 32), nn.Linear(32, 8)), 4)
-    with pytest.raises(ValueError, match=r"0\.weight has 40 columns, which torchao's MXTensor takes only"):
-        to_torchao(model, "mxfp4")
-    n1 = math.frexp(float(model[1].weight.detach().abs().max()))[1] - 1
-    converted = to_torchao(model, "mxfp4", layers=[Layer("1.weight", 4, n1)])
-    assert isinstance(converted[1].weight, MXTensor)  # type: ignore[index]
-    assert type(converted[0].weight) is nn.Parameter  # type: ignore[index]
-
-
-def test_a_network_that_torchao_has_nothing_for_is_refused() -> None:
-    with pytest.raises(ValueError, match="nothing to convert: torchao multiplies fp8 weights of Linear layers only"):
-        to_torchao(quantize(nn.Conv2d(3, 8, 3), 4), "fp8")
-
-
-def test_what_the_subclass_cannot_compute_exactly_is_refused() -> None:
-    model = nn.Linear(32, 32, dtype=torch.float16)
-    model.weight.data = PowerOfTwoGrid(-24, 2).quantize(torch.full((32, 32), 2.0**-24, dtype=torch.float16))
-    with pytest.raises(ValueError, match="weight does not come back bit for bit from mxfp4"):
-        to_torchao(model, "mxfp4")
-    with pytest.raises(ValueError, match=r"weight is float64, .* use \.float\(\)"):
-        to_torchao(quantize(nn.Linear(4, 4, dtype=torch.float64), 4), "int8")

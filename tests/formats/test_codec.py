@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from inq_lightning.formats.codec import _CHUNK, pack, pack_entropy, packed_size, unpack, unpack_entropy
+from inq_lightning.core.size import bytes_at
+from inq_lightning.formats.codec import _CHUNK, pack, pack_entropy, unpack, unpack_entropy
 
 BITS = range(2, 9)
 
@@ -209,4 +210,4 @@ def test_entropy_coded_bytes_of_another_number_of_codes_are_refused() -> None:
 
 
 def test_sizes() -> None:
-    assert [packed_size(n, 5) for n in (0, 1, 8, 9)] == [0, 1, 5, 6]
+    assert [bytes_at(n, 5) for n in (0, 1, 8, 9)] == [0, 1, 5, 6]

@@ -1,14 +1,29 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import record
 from torch import nn
 
-from inq_lightning import PowerOfTwoGrid
-from inq_lightning.formats.layers import candidate_grids, find_grids, fit_grid, holds
-from inq_lightning.frontends.lightning.callback import LayerInfo
+from inq_lightning import (
+    PowerOfTwoGrid,
+    export_onnx,
+    read_accelerator,
+    read_packed,
+    save_accelerator,
+    save_packed,
+    to_packed,
+    to_torchao,
+)
+from inq_lightning.formats.layers import candidate_grids, find_grids
+from inq_lightning.grid import fit_grid
+from inq_lightning.grid.recognize import holds
 
 
 def on_grid(*shape: int, bits: int = 5) -> torch.Tensor:
@@ -67,7 +82,7 @@ def test_a_network_off_the_grid_is_refused_by_the_names_of_its_layers() -> None:
     assert list(find_grids(net, allow_partial=True)) == ["0.weight"]
     assert candidate_grids(net)["1.weight"] is None
     with pytest.raises(ValueError, match=r"names 7\.weight, which the module lacks"):
-        find_grids(net, [LayerInfo("7.weight", (4, 4), 5, 0, -7, 16, 16)])
+        find_grids(net, [record("7.weight", 5, 0)])
 
 
 def test_frozen_parameters_count_and_stay_frozen() -> None:
@@ -76,6 +91,51 @@ def test_frozen_parameters_count_and_stay_frozen() -> None:
     assert list(find_grids(net)) == ["0.weight", "1.weight"]
     assert not net[0].weight.requires_grad
     assert net[1].weight.requires_grad
+
+
+class Shifted(nn.Module):
+    """Something that is no weight of ours: an integer parameter, which can require no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.tensor([1, -2, 3, 0], dtype=torch.int8), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.shift.to(x.dtype)
+
+
+EXPORTS: dict[str, Callable[[nn.Module, Path], Any]] = {
+    "save_packed": save_packed,
+    "save_accelerator": lambda net, path: save_accelerator(net, path, "fp8"),
+    "export_onnx": lambda net, path: export_onnx(net, path, torch.randn(2, 4)),
+    "to_packed": lambda net, path: to_packed(net),
+    "to_torchao": lambda net, path: to_torchao(net, "fp8"),
+}
+
+
+@pytest.mark.parametrize("export", list(EXPORTS))
+def test_exports_take_integer_parameters_and_leave_the_network_as_it_was(export: str, tmp_path: Path) -> None:
+    net = nn.Sequential(quantized(nn.Linear(4, 4)), Shifted(), quantized(nn.Linear(4, 4)))
+    net[0].requires_grad_(False)
+    before = {name: (p, p.requires_grad, p.clone()) for name, p in net.named_parameters()}
+    made = EXPORTS[export](net, tmp_path / "net")
+    for name, parameter in net.named_parameters():
+        same, required, value = before[name]
+        assert parameter is same
+        assert parameter.requires_grad is required, name
+        assert torch.equal(parameter, value)
+    if isinstance(made, nn.Module):
+        assert torch.equal(made[1].shift, net[1].shift)  # type: ignore[index, union-attr]
+    if export == "save_packed":
+        assert torch.equal(read_packed(tmp_path / "net").state_dict["1.shift"], net[1].shift)
+    if export == "save_accelerator":
+        assert torch.equal(read_accelerator(tmp_path / "net")["1.shift"], net[1].shift)
+
+
+def test_an_integer_weight_of_a_layer_is_not_ours() -> None:
+    net = nn.Sequential(quantized(nn.Linear(4, 4)), nn.Linear(4, 4))
+    net[1].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    assert list(find_grids(net)) == ["0.weight"]
 
 
 def test_a_state_dict_has_the_grids_of_its_network() -> None:

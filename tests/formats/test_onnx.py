@@ -4,7 +4,6 @@ import json
 import logging
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +12,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import numpy_helper
-from support import TinyModule, same_bits, trainer
+from support import TinyModule, record, same_bits, trainer
 from torch import Tensor, nn
 
 from inq_lightning import INQCallback, PowerOfTwoGrid
@@ -84,7 +83,7 @@ def quantize(net: nn.Module, bits: int = 5, layer_bits: dict[str, int] | None = 
             p.copy_(grid.quantize(p))
             levels = grid.levels.float()[torch.randperm(len(grid.levels), generator=generator)][: p.numel()]
             p.view(-1)[: len(levels)] = levels
-            layers.append(SimpleNamespace(name=name, bits=width, n1=grid.n1))
+            layers.append(record(name, width, grid.n1))
         for module in net.modules():
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                 for tensor in (module.weight, module.bias, module.running_mean):
@@ -162,7 +161,7 @@ def exported(tmp_path_factory: Any) -> Exported:
     folder, net, x = tmp_path_factory.mktemp("onnx"), EveryWidth(), torch.randn(4, 8, 4, 4)
     layers = quantize(net, layer_bits=net.layer_bits)
     difference = export_onnx(net, folder / "net.onnx", x, layers=layers)
-    fast_difference = export_onnx(net, folder / "fast.onnx", x, layers=layers, speed=True)
+    fast_difference = export_onnx(net, folder / "fast.onnx", x, layers=layers, activations="int8")
     floats = float_file(net, folder / "float.onnx", x)
     return Exported(net, folder / "net.onnx", folder / "fast.onnx", floats, difference, fast_difference)
 
@@ -222,7 +221,7 @@ def test_the_returned_difference_is_that_of_rounding(exported: Exported) -> None
     assert exported.fast_difference < 0.05 * largest
 
 
-def test_speed_multiplies_codes_in_linear_layers(exported: Exported) -> None:
+def test_int8_activations_are_multiplied_by_codes_in_linear_layers(exported: Exported) -> None:
     operators = [node.op_type for node in onnx.load(exported.fast).graph.node]
     assert operators.count("MatMulNBits") == 2 + 1 + 1 + 2  # the tied weight twice, 5 bits in two planes
     assert operators.count("Gemm") == 3  # 6 to 8 bits
@@ -232,10 +231,10 @@ def test_speed_multiplies_codes_in_linear_layers(exported: Exported) -> None:
         assert np.abs(run(exported.fast, x, mode) - expected).max() < 0.05 * np.abs(expected).max()
 
 
-def test_the_planes_of_speed_add_up_to_the_weight(tmp_path: Path) -> None:
+def test_the_planes_of_codes_add_up_to_the_weight(tmp_path: Path) -> None:
     net = nn.Sequential(*(nn.Linear(200, 200, bias=bits < 4) for bits in (2, 3, 4, 5)))
     layers = quantize(net, layer_bits={f"{i}.*": bits for i, bits in enumerate((2, 3, 4, 5))})
-    export_onnx(net, tmp_path / "net.onnx", torch.randn(2, 200), layers=layers, speed=True)
+    export_onnx(net, tmp_path / "net.onnx", torch.randn(2, 200), layers=layers, activations="int8")
     graph = onnx.load(tmp_path / "net.onnx").graph
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     totals = {f"{i}.weight": np.zeros((200, 200), np.float32) for i in range(4)}
@@ -274,7 +273,7 @@ def test_embeddings_recurrent_layers_and_attention_keep_their_codes(bits: int, t
     np.testing.assert_allclose(run(tmp_path / "net.onnx", tokens, "exact"), expected, atol=1e-6)
     np.testing.assert_allclose(run(tmp_path / "net.onnx", tokens, "low-memory"), expected, atol=1e-5)
     if bits == 5:
-        assert export_onnx(net, tmp_path / "fast.onnx", tokens, layers=layers, speed=True) < 0.05
+        assert export_onnx(net, tmp_path / "fast.onnx", tokens, layers=layers, activations="int8") < 0.05
         operators = [node.op_type for node in onnx.load(tmp_path / "fast.onnx").graph.node]
         assert operators.count("MatMulNBits") == 10  # two planes of five linear layers
         transposed = [n for n in onnx.load(tmp_path / "fast.onnx").graph.node if n.op_type == "Transpose"]
@@ -376,9 +375,10 @@ def test_layers_of_zeros_are_exported_at_every_bit_width(tmp_path: Path) -> None
     net = nn.Sequential(*(nn.Linear(4, 4) for _ in BITS))
     for p in net.parameters():
         nn.init.zeros_(p)
-    layers = [SimpleNamespace(name=f"{i}.weight", bits=bits, n1=None) for i, bits in enumerate(BITS)]
+    layers = [record(f"{i}.weight", bits, None) for i, bits in enumerate(BITS)]
     assert export_onnx(net, tmp_path / "net.onnx", torch.randn(2, 4), layers=layers) == 0
-    assert len(set(types(tmp_path / "net.onnx").values())) == 6
+    assert set(types(tmp_path / "net.onnx").values()) == {"INT2", "INT4", "FLOAT8E4M3FN"}
+    assert not any(decoded(tmp_path / "net.onnx")[layer.name].any() for layer in layers)
 
 
 def test_a_compiled_network_is_exported_as_the_one_within(tmp_path: Path) -> None:
@@ -439,6 +439,8 @@ def test_bad_input_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
         export_onnx(fixed, target, torch.randn(3, 8))
     with pytest.raises(ValueError, match="mode must be one of exact, low-memory, fast, got 'slow'"):
         session_options("slow")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="activations must be one of float, int8, got 'int4'"):
+        export_onnx(net, target, x, activations="int4")  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 

@@ -22,6 +22,7 @@ from inq_lightning import INQCallback, PowerOfTwoGrid, Schedule, load_packed, sa
 from inq_lightning.cli.export import main as export
 from inq_lightning.formats.checkpoint import read_checkpoint
 from inq_lightning.formats.packed import ArtifactError, read_packed
+from inq_lightning.formats.tensors import DTYPES
 from inq_lightning.recipes.classifier import Classifier
 from inq_lightning.recipes.data import DigitsDataModule
 from inq_lightning.recipes.models import SmallCNN
@@ -262,6 +263,23 @@ def test_layers_of_zeros_scalars_and_empty_tensors_come_back(tmp_path: Path) -> 
     assert artifact.layers[0].n1 is None
 
 
+def test_buffers_of_every_type_that_safetensors_holds_come_back(tmp_path: Path) -> None:
+    net = quantized(nn.Linear(3, 3))
+    for dtype in DTYPES.values():
+        net.register_buffer(str(dtype).replace(".", "_"), torch.tensor([0, 1, 1]).to(dtype))
+    save_packed(net, tmp_path / "network.safetensors")
+    state = read_packed(tmp_path / "network.safetensors").state_dict
+    for name, value in net.state_dict().items():
+        assert (state[name].dtype, state[name].shape) == (value.dtype, value.shape)
+        assert torch.equal(state[name].view(torch.uint8), value.view(torch.uint8)), name
+
+
+def test_a_state_dict_is_saved_as_its_network_is(tmp_path: Path) -> None:
+    net = quantized(small())
+    assert save_packed(net, tmp_path / "a") == save_packed(net.state_dict(), tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
 def test_the_same_network_gives_the_same_file_with_usual_permissions(tmp_path: Path) -> None:
     net = quantized(small())
     for name in "ab":
@@ -342,8 +360,8 @@ def test_another_version_and_other_safetensors_files_are_refused_by_what_they_ar
     safetensors.torch.save_file({"a": torch.zeros(2)}, path)
     with pytest.raises(ArtifactError, match="not one of save_packed"):
         read_packed(path)
-    safetensors.torch.save_file({"a": torch.zeros(2)}, path, {"inq_lightning": json.dumps({"version": 2})})
-    with pytest.raises(ArtifactError, match="format version 2, this release reads version 1"):
+    safetensors.torch.save_file({"a": torch.zeros(2)}, path, {"inq_lightning": json.dumps({"version": 3})})
+    with pytest.raises(ArtifactError, match="format version 3, this release reads versions 1 and 2"):
         read_packed(path)
     path.write_bytes(b"")
     with pytest.raises(ArtifactError, match="damaged"):

@@ -329,5 +329,5 @@ def test_one_outlier_does_not_move_the_exponent_of_least_error() -> None:
 
 @pytest.mark.parametrize("exponent", ["least", "MAX", None, 1])
 def test_unknown_rules_for_the_exponent_are_refused(exponent: object) -> None:
-    with pytest.raises(ValueError, match="exponent must be one of max, mse, got"):
+    with pytest.raises(ValueError, match="exponent must be one of auto, max, mse, got"):
         PowerOfTwoGrid.from_weights(torch.ones(3), exponent=exponent)  # type: ignore[arg-type]

@@ -121,7 +121,7 @@ def test_a_decay_of_unknown_length_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr_schedule": "linear"}, "constant, cosine, onecycle; got 'linear'"),
+        ({"lr_schedule": "linear"}, "constant, cosine, onecycle, got 'linear'"),
         ({"lr": 0.0}, "lr must be above 0; got 0.0"),
         ({"lr_epochs": 0}, "lr_epochs must be at least 1.*got 0"),
         ({"label_smoothing": 1.0}, "label_smoothing.*got 1.0"),

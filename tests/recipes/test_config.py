@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,20 +19,23 @@ from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 import inq_lightning.conf
 from inq_lightning import PRESETS, INQCallback
 from inq_lightning.core.schedule import Schedule, default_preset
-from inq_lightning.recipes.classifier import Classifier
+from inq_lightning.recipes.classifier import Classifier, ClassifierConfig
 from inq_lightning.recipes.config import (
-    ClassifierConfig,
-    DigitsConfig,
     INQConfig,
-    NpzConfig,
     ScheduleConfig,
-    TorchvisionConfig,
     TrainConfig,
     TrainerConfig,
     build_schedule,
     register_training,
 )
-from inq_lightning.recipes.data import DigitsDataModule, NpzDataModule, TorchvisionDataModule
+from inq_lightning.recipes.data import (
+    DigitsConfig,
+    DigitsDataModule,
+    NpzConfig,
+    NpzDataModule,
+    TorchvisionConfig,
+    TorchvisionDataModule,
+)
 
 register_training()
 
@@ -139,7 +144,7 @@ def test_the_imagenet_presets_follow_the_papers_protocol(depth: int, batch_size:
     assert (cfg.model.net.name, cfg.model.net.weights) == (f"resnet{depth}", "IMAGENET1K_V1")
     assert (cfg.data.batch_size, cfg.model.momentum, cfg.model.weight_decay) == (batch_size, 0.9, 5e-4)
     assert cfg.pretrain.max_epochs == 0
-    schedule = instantiate(cfg.inq).schedule
+    schedule = instantiate(cfg.inq).options.phases
     assert (schedule.portions, schedule.starts) == ((0.5, 0.75, 0.875, 1.0), (0, 2, 4, 6))
 
 
@@ -173,25 +178,26 @@ def test_a_preset_gives_its_portions_whatever_the_bits(preset: str) -> None:
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_without_a_preset_the_bits_decide(bits: int) -> None:
-    assert instantiate(configure(f"inq.bits={bits}").inq).schedule == Schedule(PRESETS[default_preset(bits)])
+    assert instantiate(configure(f"inq.bits={bits}").inq).options.phases == Schedule(PRESETS[default_preset(bits)])
 
 
 def test_portions_go_before_the_preset_and_phases_have_a_length() -> None:
     overrides = ["inq/schedule=alexnet", "inq.schedule.portions=[0.4,1.0]", "inq.schedule.epochs_per_phase=3"]
-    assert instantiate(configure(*overrides).inq).schedule == Schedule((0.4, 1.0), (0, 3))
+    assert instantiate(configure(*overrides).inq).options.phases == Schedule((0.4, 1.0), (0, 3))
 
 
 def test_starts_and_unit_reach_the_schedule() -> None:
     overrides = ["inq.schedule.portions=[0.4,1]", "inq.schedule.starts=[2,9]", "inq.schedule.unit=step"]
-    assert instantiate(configure(*overrides).inq).schedule == Schedule((0.4, 1.0), (2, 9), "step")
+    assert instantiate(configure(*overrides).inq).options.phases == Schedule((0.4, 1.0), (2, 9), "step")
 
 
 def test_layers_are_chosen_from_the_command_line() -> None:
     overrides = ["inq.include=['net.*']", "inq.exclude=['*.linear']", "inq.layer_bits={net.conv1:8,*.fc:3}"]
-    callback = instantiate(configure(*overrides).inq)
-    assert (callback.include, callback.exclude) == (["net.*"], ["*.linear"])
-    assert callback.layer_bits == {"net.conv1": 8, "*.fc": 3}
-    assert instantiate(configure("+inq.layer_bits={conv:8}").inq).layer_bits == {"conv": 8}  # as Hydra asks of others
+    options = instantiate(configure(*overrides).inq).options
+    assert (options.include, options.exclude) == (["net.*"], ["*.linear"])
+    assert options.layer_bits == {"net.conv1": 8, "*.fc": 3}
+    as_hydra_asks_of_others = configure("+inq.layer_bits={conv:8}")
+    assert instantiate(as_hydra_asks_of_others.inq).options.layer_bits == {"conv": 8}
     with pytest.raises(ConfigCompositionException, match=r"inq\.layer_bits"):
         configure("inq.layer_bits={net.conv1:many}")
 
@@ -249,6 +255,21 @@ def test_the_callbacks_config_has_its_parameters_and_defaults() -> None:
     assert its.pop("schedule") is None
     assert ours == its
     assert INQConfig()._target_ == "inq_lightning.INQCallback"
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["inq.include=net", "inq.exclude={net:1}", "inq.layer_bits=[8]", "inq.schedule.starts=[soon]", "data.augment=2.5"],
+)
+def test_collections_are_checked_by_what_the_arguments_say(override: str) -> None:
+    with pytest.raises(ConfigCompositionException, match=re.escape(override.split("=")[0])):
+        configure("data=npz", override)
+
+
+@pytest.mark.parametrize("data", ["digits", "npz", "mnist"])
+def test_a_composed_config_can_be_sent_to_another_process(data: str) -> None:
+    cfg = configure(f"data={data}")
+    assert pickle.loads(pickle.dumps(cfg)) == cfg
 
 
 def test_the_trainers_config_names_parameters_of_the_trainer() -> None:

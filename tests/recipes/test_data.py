@@ -311,7 +311,7 @@ def test_a_resumed_run_sees_the_same_batches_and_ends_bit_identical(
 
 def test_torchvision_data_check_their_arguments() -> None:
     sizes = {"num_classes": 10, "in_channels": 1, "image_size": 28}
-    with pytest.raises(ValueError, match="mnist, cifar10, imagefolder; got 'svhn'"):
+    with pytest.raises(ValueError, match="mnist, cifar10, imagefolder, got 'svhn'"):
         TorchvisionDataModule("svhn", "data", **sizes)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="in_channels must be 3; got 1"):
         TorchvisionDataModule("imagefolder", "data", **sizes)

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from inq_lightning import PRESETS, PowerOfTwoGrid
 from inq_lightning.recipes.models import LeNet5, SmallCNN
-from inq_lightning.recipes.train import main, plan_epochs
+from inq_lightning.recipes.start import plan_epochs
+from inq_lightning.recipes.train import main
 from inq_lightning.report.run import Report
 
 SCRIPT = Path(sysconfig.get_path("scripts")) / "inq-train"
@@ -505,7 +506,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_key(override: str) -> Non
         ("trainer.max_epochs=1", "reaches portion 1.0 at epoch 1 .* runs only 1 epochs"),
         ("data.batch_size=0", "batch_size must be at least 1; got 0"),
         ("+pretrain.model.speed=3", "pretrain.model.speed is no key of the model's config"),
-        ("model.lr_schedule=linear", "lr_schedule must be one of constant, cosine, onecycle; got 'linear'"),
+        ("model.lr_schedule=linear", "lr_schedule must be one of constant, cosine, onecycle, got 'linear'"),
     ],
 )
 def test_a_value_that_is_not_allowed_is_named(override: str, message: str, tmp_path: Path) -> None:
@@ -525,13 +526,13 @@ def test_a_mistake_ends_the_console_script_with_a_message(tmp_path: Path) -> Non
     process = start(tmp_path, *TINY, "trainer.max_epochs=1")
     output = finish(process)
     assert process.returncode == 1
-    assert "the Trainer runs only 1 epochs" in output
+    assert "training runs only 1 epochs" in output
 
 
 @pytest.mark.parametrize("override", ["inq.schedule.epochs_per_phase=4", "inq.schedule.starts=[0,3]"])
 def test_too_short_a_run_is_refused_before_pretraining(override: str, tmp_path: Path) -> None:
     overrides = ["inq.schedule.epochs_per_phase=null", override, "callbacks=default", "trainer.max_epochs=3"]
-    with pytest.raises(ValueError, match="the Trainer runs only 3 epochs"):
+    with pytest.raises(ValueError, match="training runs only 3 epochs"):
         run(tmp_path, *TINY, *overrides)
     assert not (tmp_path / "pretrain").exists()
 

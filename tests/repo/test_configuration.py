@@ -9,17 +9,17 @@ import pytest
 from omegaconf import OmegaConf
 from support import ROOT
 
-from inq_lightning.recipes import config
+from inq_lightning.recipes import classifier, config, data
 
 SCRIPT = ROOT / "docs" / "configuration.py"
 CONFIGS = {
     config.TrainConfig: "",
     config.INQConfig: "inq.",
     config.ScheduleConfig: "inq.schedule.",
-    config.ClassifierConfig: "model.",
-    config.DigitsConfig: "data.",
-    config.NpzConfig: "data.",
-    config.TorchvisionConfig: "data.",
+    classifier.ClassifierConfig: "model.",
+    data.DigitsConfig: "data.",
+    data.NpzConfig: "data.",
+    data.TorchvisionConfig: "data.",
     config.TrainerConfig: "trainer.",
     config.PretrainConfig: "pretrain.",
 }

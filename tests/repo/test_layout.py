@@ -25,13 +25,7 @@ TIERS = (
 RANKS = {part: rank for rank, tier in enumerate(TIERS) for part in tier}
 
 # Arrows that point the wrong way, to be mended. Nothing is added here.
-TO_MEND = {
-    "core/plan.py → report/metrics.py",
-    "core/plan.py → rich",
-    "formats/packed.py → __init__.py",
-    "report/run.py → frontends/lightning/callback.py",
-    "report/run.py → frontends/lightning/monitor.py",
-}
+TO_MEND: set[str] = set()
 
 
 def modules(node: ast.AST) -> Iterator[str]:

@@ -30,8 +30,10 @@ EXPORT_TESTS = (
     "formats/test_codec.py",
     "formats/test_accelerator.py",
     "formats/test_onnx.py",
+    "formats/test_version1.py",
+    "runtime/test_torchao.py",
 )
-HELPERS = ("conftest.py", "support.py", "oracle.py")
+HELPERS = ("conftest.py", "support.py", "oracle.py", "accelerators.py")
 TOOLS = ("pytest", "hypothesis", "jsonargparse[signatures]")  # of the tests; their versions are not what is tested
 
 

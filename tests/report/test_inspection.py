@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from support import SCHEDULE, TinyModule, trainer
+from safetensors.torch import save_file
+from support import SCHEDULE, TinyModule, record, trainer
 from torch import Tensor, nn
 
 from inq_lightning import INQCallback, PowerOfTwoGrid, Schedule, select_parameters
 from inq_lightning.cli.inspect import main
+from inq_lightning.core.layer import Layer
+from inq_lightning.formats.accelerator import NUMBER_FORMATS, save_accelerator
 from inq_lightning.formats.packed import save_packed
-from inq_lightning.report.inspection import Inspection, inspect_layer
-from inq_lightning.report.readers import inspect_file
+from inq_lightning.report.inspection import Inspection, inspect_file, inspect_layer
 
 LAYERS = ("net.0.weight", "net.3.weight")
 
@@ -63,7 +65,7 @@ def assert_describes(inspection: Inspection, files: Files) -> None:
     assert [layer.name for layer in inspection.layers] == list(LAYERS)
     for layer, known in zip(inspection.layers, files.callback.layers, strict=True):
         weight = files.weights[layer.name]
-        assert (layer.name, layer.shape, layer.bits, layer.n1, layer.n2, layer.numel, layer.frozen) == known
+        assert Layer(layer.name, layer.shape, layer.bits or 0, layer.grid, layer.frozen) == known
         counts = Counter(weight.abs().flatten().tolist())
         assert layer.zeros == counts[0.0] / layer.numel
         assert list(layer.exponents) == list(range(layer.n2 or 0, (layer.n1 or 0) + 1))
@@ -166,6 +168,38 @@ def test_an_unfinished_artifact_names_what_is_on_no_grid(files: Files, tmp_path:
     assert not inspection.fully_quantized
 
 
+@pytest.mark.parametrize(("target", "bits"), [("mxfp4", 3), ("mxfp6", 5), ("fp8", 6), ("int8", 4)])
+def test_a_file_for_accelerators_is_described_as_its_network_is(target: Any, bits: int, tmp_path: Path) -> None:
+    model = convolutional(bits)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    records = [record(s.name, bits, -1) for s in select_parameters(model, bits)]
+    save_accelerator(model, tmp_path / "model", target, layers=records)
+    inspection = inspect_file(tmp_path / "model", tmp_path / "model.pt")
+    assert (inspection.kind, inspection.fully_quantized) == (target, True)
+    for layer in inspection.layers:
+        parameter = model.get_parameter(layer.name).detach()
+        expected = inspect_layer(layer.name, parameter, PowerOfTwoGrid(-1, bits), None, parameter)
+        assert replace(layer, bytes_after=expected.bytes_after) == expected
+        assert parameter.numel() * NUMBER_FORMATS[target].element_bits / 8 < layer.bytes_after < layer.bytes_before
+    assert inspection.other_bytes == inspect_file(tmp_path / "model.pt").other_bytes
+
+
+def test_weights_of_an_accelerators_file_that_are_on_no_grid_are_named(tmp_path: Path) -> None:
+    model = nn.Sequential(convolutional(4)[0], nn.Linear(5, 5))
+    save_accelerator(model, tmp_path / "model", "int8", allow_partial=True)
+    inspection = inspect_file(tmp_path / "model")
+    assert {layer.name: layer.bits for layer in inspection.layers} == {"0.weight": 4, "1.weight": None}
+
+
+def test_a_safetensors_file_of_weights_is_a_state_dict(files: Files, tmp_path: Path) -> None:
+    save_file(files.module.state_dict(), tmp_path / "weights")
+    torch.save(files.module.state_dict(), tmp_path / "weights.pt")
+    inspection, other = (inspect_file(tmp_path / name) for name in ("weights", "weights.pt"))
+    assert inspection.kind == "state_dict"
+    by_name = {layer.name: layer for layer in other.layers}  # safetensors sorts them
+    assert {layer.name: layer for layer in inspection.layers} == by_name
+
+
 def convolutional(bits: int) -> nn.Module:
     """Every level in use; behind the convolution, a norm that is folded into its scales."""
     torch.manual_seed(bits)
@@ -183,26 +217,26 @@ def convolutional(bits: int) -> nn.Module:
     return model.eval()
 
 
-OFTEN = {(2, False), (4, False), (5, False), (4, True), (5, True)}  # one of each container
+OFTEN = {(2, "float"), (4, "float"), (5, "float"), (4, "int8"), (5, "int8")}  # one of each container
 
 
 @pytest.mark.parametrize(
-    ("bits", "speed"),
+    ("bits", "activations"),
     [
-        pytest.param(bits, speed, marks=() if (bits, speed) in OFTEN else pytest.mark.slow)
+        pytest.param(bits, activations, marks=() if (bits, activations) in OFTEN else pytest.mark.slow)
         for bits in range(2, 9)
-        for speed in (False, True)
+        for activations in ("float", "int8")
     ],
 )
-def test_an_onnx_file_holds_the_codes_of_its_network(bits: int, speed: bool, tmp_path: Path) -> None:
+def test_an_onnx_file_holds_the_codes_of_its_network(bits: int, activations: Any, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     from inq_lightning.formats.onnx import export_onnx
 
     model = convolutional(bits)
     torch.save(model.state_dict(), tmp_path / "model.pt")
     layers = INQCallback(bits).select(model)
-    records = [Record(s.name, bits, -1) for s in layers]
-    export_onnx(model, tmp_path / "model.onnx", torch.randn(2, 2, 6, 6), layers=records, speed=speed)
+    records = [record(s.name, bits, -1) for s in layers]
+    export_onnx(model, tmp_path / "model.onnx", torch.randn(2, 2, 6, 6), layers=records, activations=activations)
     inspection = inspect_file(tmp_path / "model.onnx", tmp_path / "model.pt")
     assert inspection.kind == "onnx"
     assert inspection.fully_quantized
@@ -213,11 +247,6 @@ def test_an_onnx_file_holds_the_codes_of_its_network(bits: int, speed: bool, tmp
         assert expected.snr_db == math.inf  # the codes stand for the network's weights, norm folded or not
         assert replace(layer, bytes_after=expected.bytes_after) == expected
     assert inspection.bytes_after < inspection.bytes_before
-
-
-class Record:
-    def __init__(self, name: str, bits: int, n1: int) -> None:
-        self.name, self.bits, self.n1 = name, bits, n1
 
 
 # ---- files that are something else -----------------------------------------------------------------------------------
@@ -244,6 +273,8 @@ class Code:
         (b"GIF89a no network", "is neither a checkpoint nor"),
         (b"PK\x03\x04 cut", "is damaged"),
         (b"\x10\0\0\0\0\0\0\0{}", "is damaged"),
+        (b'\x30\0\0\0\0\0\0\0{"__metadata__":{"inq_lightning":"', "is damaged"),
+        (b'\x30\0\0\0\0\0\0\0{"__metadata__":{"inq_accelerator":"', "is damaged"),
         (b"\x08\x0a and more", "cannot be read as an ONNX file"),
     ],
 )
@@ -254,6 +285,14 @@ def test_a_foreign_or_damaged_file_is_named(
     error = refusal(capsys, tmp_path / "file.ckpt")
     assert error.startswith(f"inq-inspect: {tmp_path / 'file.ckpt'}")
     assert message in error
+
+
+def test_a_file_of_no_known_format_is_told_what_could_be_opened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("no network")
+    error = refusal(capsys, tmp_path / "notes.txt")
+    assert all(f"{name}" in error for name in ("checkpoint", "state_dict", "packed", "onnx", *NUMBER_FORMATS))
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ def draw(figure: Figure) -> tuple[int, int]:
 
 def layer(shift: int = 0) -> Exponents:
     frozen = {None: 5, -4 - shift: 20, -3 - shift: 50, -2 - shift: 25}
-    return Exponents(frozen, {-5 - shift: 60, -6 - shift: 39, -30 - shift: 1}, n1=-2 - shift, n2=-9 - shift)
+    return Exponents(frozen, {-5 - shift: 60, -6 - shift: 39, -30 - shift: 1}, PowerOfTwoGrid(-2 - shift, 5))
 
 
 @given(st.lists(st.floats(-100, 100, width=32).filter(lambda x: x == 0 or abs(x) > 1e-30), min_size=1, max_size=30))
@@ -55,8 +55,9 @@ def test_every_weight_counts_at_the_level_that_rounding_gives_it(values: list[fl
 def test_frozen_and_free_weights_count_apart_and_what_is_not_finite_does_not() -> None:
     weight = torch.tensor([0.5, 0.25, 0.74, 0.75, 0.0, float("nan"), float("inf")])
     mask = torch.tensor([True, True, False, False, True, False, False])
-    counted = count_exponents(weight, mask, n1=-1, n2=-8)
-    assert counted == Exponents({None: 1, -1: 1, -2: 1}, {-1: 1, 0: 1}, -1, -8)
+    counted = count_exponents(weight, mask, PowerOfTwoGrid(-1))
+    assert counted == Exponents({None: 1, -1: 1, -2: 1}, {-1: 1, 0: 1}, PowerOfTwoGrid(-1))
+    assert counted.levels == range(-8, 0)
     assert counted.total == 5
     assert counted.share(-1) == 0.4
     assert counted.share(None) == 0.2

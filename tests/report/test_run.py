@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from inq_lightning import INQCallback
+from inq_lightning.core.layer import Layer
 from inq_lightning.report.run import Report
+from inq_lightning.report.tables import report_table
 
 REPORT = Report(
     before={"test/loss": 0.5, "test/acc": 0.75},
@@ -50,7 +52,7 @@ class Tiny(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-def quantized(tmp_path: Path) -> tuple[Tiny, INQCallback]:
+def quantized(tmp_path: Path) -> tuple[Tiny, list[Layer]]:
     module = Tiny()
     callback = INQCallback(schedule={0: 1.0}, layer_bits={"second": 3})
     trainer = Trainer(
@@ -64,20 +66,20 @@ def quantized(tmp_path: Path) -> tuple[Tiny, INQCallback]:
         default_root_dir=tmp_path,
     )
     trainer.fit(module, DataLoader(torch.ones(4, 4), batch_size=4))
-    return module, callback
+    return module, callback.layers
 
 
 def rows(report: Report) -> list[str]:
     """First cells of the printed table's rows."""
     console = Console(file=io.StringIO(), width=200)
-    console.print(report.table())
+    console.print(report_table(report))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     return [line.split("│")[1].strip() for line in lines if line.startswith("│")]
 
 
 def test_the_numbers_are_those_computed_by_hand(tmp_path: Path) -> None:
-    module, callback = quantized(tmp_path)
-    report = Report.of(module, callback, {"acc": 0.5}, {"acc": 0.25}, 3.0)
+    module, layers = quantized(tmp_path)
+    report = Report.of(module, layers, {"acc": 0.5}, {"acc": 0.25}, 3.0)
     # 12 weights at 5 bits and 6 at 3; biases 3 and 2 at 32 bits; one float64.
     bits = 12 * 5 + 6 * 3 + 5 * 32 + 64
     assert report == Report(
@@ -141,7 +143,7 @@ def test_a_write_that_fails_halfway_leaves_the_older_report(tmp_path: Path) -> N
 
 def test_the_table_shows_every_number() -> None:
     console = Console(file=io.StringIO(), width=200)
-    console.print(REPORT.table())
+    console.print(report_table(REPORT))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for cell in ("0.5000", "0.2500", "0.7500", "0.8750", "3, 5", "6 of 17", "2.0 KiB", "1.0 KiB", "16.00", "2.5 s"):
         assert cell in text

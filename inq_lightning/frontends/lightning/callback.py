@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from inq_lightning._common import one_of
+from inq_lightning.core.coverage import Coverage
 from inq_lightning.core.layer import Layer
 from inq_lightning.core.options import Options, takes_options
 from inq_lightning.core.plan import Plan
 from inq_lightning.core.quantizer import Quantizer
-from inq_lightning.core.schedule import Length
-from inq_lightning.core.selection import Selected
+from inq_lightning.core.schedule import Length, Unit
+from inq_lightning.core.selection import Selection
 from inq_lightning.frontends.lightning import clock, guards
-from inq_lightning.frontends.lightning.base import Callback
+from inq_lightning.frontends.lightning.base import Callback, callbacks_of
 
 
 class INQCallback(Callback):
@@ -62,8 +65,13 @@ class INQCallback(Callback):
         """One record for each selected parameter, in the module's order; empty before training starts."""
         return self.quantizer.layers
 
-    def select(self, module: nn.Module) -> list[Selected]:
-        """The parameters of ``module`` that would be quantized, and at how many bits.
+    @property
+    def coverage(self) -> Coverage:
+        """How much of the module is quantized, and what is left out and why; nothing before training starts."""
+        return self.quantizer.coverage
+
+    def select(self, module: nn.Module) -> Selection:
+        """The parameters of ``module`` that would be quantized, and at how many bits; and what would not, and why.
 
         Raises:
             ValueError: See :func:`~inq_lightning.select_parameters`.
@@ -103,17 +111,19 @@ class INQCallback(Callback):
         """Forget an earlier run, and refuse what would undo the quantization."""
         if stage == "fit":
             guards.check_setup(trainer, self)
+            guards.show_rates_last(trainer)
             self.quantizer.release()
             self._reset()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember learning rates and schedulers as they were configured, before a checkpoint changes them."""
-        guards.check_optimizers(trainer)
         self.quantizer.configure(trainer.optimizers, [config.scheduler for config in trainer.lr_scheduler_configs])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Select the weights, take up a checkpoint's state, and refuse a run that cannot reach portion 1."""
         self._begin(trainer, pl_module)
+        (rank_zero_warn if self.coverage.overlooked else rank_zero_info)(str(self.coverage))
+        self._fit_rates(trainer)
         guards.hold_until_complete(trainer, self.quantizer.timetable, self.quantizer.origin)
         held = self.quantizer.hold()
         overridden = type(pl_module).optimizer_step.__qualname__ != "LightningModule.optimizer_step"
@@ -122,7 +132,7 @@ class INQCallback(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise the quantized portion to where the schedule says, and log it."""
         self.quantizer.attach(pl_module)
-        self._advance(trainer, pl_module)
+        self._advance(trainer, pl_module, 0)
         if self.quantizer.timetable.unit == "epoch":
             self._log_state(pl_module, on_step=False, on_epoch=True, sync_dist=True)
 
@@ -130,7 +140,7 @@ class INQCallback(Callback):
         """Raise the portion if its step has come, or if a resumed run has missed the epoch's start."""
         if batch_idx == 0:  # a finetuning callback further down the list has had its turn now
             self.quantizer.attach(pl_module)
-        self._advance(trainer, pl_module)
+        self._advance(trainer, pl_module, batch_idx)
         if self.quantizer.timetable.unit == "step":
             self._log_state(pl_module, on_step=True, on_epoch=False)
         elif batch_idx == 0:  # the progress bar shows an epoch's value only at its end
@@ -153,9 +163,9 @@ class INQCallback(Callback):
         Raises:
             RuntimeError: Something has moved frozen weights behind the callback's back.
         """
-        self.quantizer.release()
         if self.quantizer.loaded and not self.layers:  # a completed run's checkpoint: there was nothing left to train
             self._begin(trainer, pl_module)
+        self.quantizer.release()
         self.quantizer.verify()
         if self.layers and self.quantized_fraction < 1:
             rank_zero_warn(
@@ -173,9 +183,18 @@ class INQCallback(Callback):
         self.quantizer.release()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Say in the checkpoint, under ``inq``, whether its network is fully quantized."""
-        fraction = self.quantized_fraction
-        checkpoint["inq"] = {"quantized_fraction": fraction, "fully_quantized": fraction == 1.0}
+        """Say in the checkpoint, under ``inq``, how much of its network is quantized.
+
+        ``quantized_fraction`` is a share of the selected weights; ``network_fraction`` one of all weights in matrices,
+        and ``fully_quantized`` whether that is all of them; ``left_out`` tells what else there is, and why.
+        """
+        fraction, coverage = self.quantized_fraction, self.coverage
+        checkpoint["inq"] = {
+            "quantized_fraction": fraction,
+            "network_fraction": fraction * coverage.share,
+            "fully_quantized": fraction * coverage.share == 1.0,
+            "left_out": {one.name: one.reason for one in coverage.left_out},
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain values and one packed mask for each parameter (1 bit a weight)."""
@@ -197,17 +216,55 @@ class INQCallback(Callback):
                 f"{self.quantizer.timetable.unit} {self.quantizer.origin}."
             )
 
-    def _advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        now = clock.position(trainer, self.quantizer.timetable.unit)
+    def _fit_rates(self, trainer: Trainer) -> None:
+        steps = {id(c.scheduler): clock.scheduler_steps(trainer, c) for c in trainer.lr_scheduler_configs}
+        gradual = self.quantizer.timetable.unit == "step" or math.isfinite(trainer.num_training_batches)
+        fits = self.quantizer.fit_rates(clock.length(trainer), steps, gradual)
+        for fitted, say in ((True, rank_zero_info), (False, rank_zero_warn)):
+            texts = [fit.text for fit in fits if fit.fits == fitted]
+            if texts:
+                say("Learning rate: " + " ".join(texts))
+
+    def _advance(self, trainer: Trainer, pl_module: LightningModule, batch: int) -> None:
+        unit = self.quantizer.timetable.unit
+        now = clock.position(trainer, unit)
         if self.quantizer.advance(pl_module, now) and self.quantizer.complete:
             guards.forget_best(trainer)
+        part, parts = (batch // trainer.accumulate_grad_batches, clock.parts(trainer)) if unit == "epoch" else (0, 1)
+        self.quantizer.follow_rates(now, part, parts, [config.scheduler for config in trainer.lr_scheduler_configs])
 
     def _log_state(self, pl_module: LightningModule, **when: Any) -> None:
-        values = {"quantized_fraction": self.quantized_fraction, "phase": float(self.phase)}
-        if self.quantizer.sqnr_db is not None:
-            values["sqnr_db"] = self.quantizer.sqnr_db
-        if self.options.log_per_layer:
-            values |= {f"quantized_fraction/{layer.name}": layer.frozen / layer.numel for layer in self.layers}
-        for name, value in values.items():
-            bar = when["on_step"] and name == "quantized_fraction"
-            pl_module.log(f"inq/{name}", value, prog_bar=bar, batch_size=1, **when)
+        for name, value in self.quantizer.metrics().items():
+            bar = when["on_step"] and name == "inq/quantized_fraction"
+            pl_module.log(name, value, prog_bar=bar, batch_size=1, **when)
+
+
+def phase_length(trainer: Trainer, unit: Unit = "step") -> int:
+    """How long a learning-rate schedule should last that begins anew with each phase, for ``configure_optimizers``.
+
+    Where phases differ it is the longest one: in the others the whole schedule is run in less time. Where nothing
+    begins anew, without an INQCallback or with ``restart_lr=False``, it is the whole run.
+
+    Args:
+        trainer: The module's Trainer.
+        unit: ``"step"`` for optimizer steps (batches under manual optimization), or ``"epoch"``.
+
+    Raises:
+        ValueError: Nothing says how long the run is, or see :meth:`~inq_lightning.Schedule.fit`.
+    """
+    one_of("unit", unit, Unit)
+    trainer.fit_loop.setup_data()
+    run, batches = clock.length(trainer), clock.parts(trainer)
+    phases = [
+        c.options.phases.fit(run) for c in callbacks_of(trainer) if isinstance(c, INQCallback) and c.options.restart_lr
+    ]
+    counted = phases[0].unit if phases else "epoch" if math.isfinite(run.epochs) else "step"
+    longest = max(phases[0].phase_lengths(run)[1:]) if phases else run.end(counted)
+    if not math.isfinite(longest) or (counted != unit and not math.isfinite(trainer.num_training_batches)):
+        raise ValueError(
+            f"nothing says how many {unit}s a phase of this run has: set the Trainer's max_epochs or max_steps, or "
+            "limit_train_batches where the data have no length"
+        )
+    if counted != unit:
+        longest = longest * batches if unit == "step" else longest / batches
+    return max(1, math.ceil(longest))

@@ -5,10 +5,15 @@ Lightning exists as two packages with the same classes, so classes are told by t
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from pytorch_lightning import Callback, Trainer
 
 from inq_lightning.core.schedule import Schedule
+from inq_lightning.frontends.lightning.base import callbacks_of, is_a
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback, Trainer
 
 
 def check_setup(trainer: Trainer, own: Callback) -> None:
@@ -21,48 +26,50 @@ def check_setup(trainer: Trainer, own: Callback) -> None:
     Raises:
         ValueError: There is one; the message says what to use instead.
     """
-    strategy = type(trainer.strategy).__name__
-    if _is(trainer.strategy, "FSDPStrategy"):
-        raise ValueError(
-            f"{strategy} flattens the weights of several layers into one parameter, which has no grid; use FSDP2 "
-            "through ModelParallelStrategy, whose sharded parameters INQCallback knows"
-        )
-    if _is(trainer.strategy, "DeepSpeedStrategy"):
-        raise ValueError(
-            f"{strategy} overwrites the module's weights from master copies of its own, frozen ones included; use ddp, "
-            "or FSDP2 through ModelParallelStrategy"
-        )
-    for callback in _callbacks(trainer):
+    check_strategy(trainer.strategy)
+    for callback in callbacks_of(trainer):
         name = type(callback).__name__
-        if _is(callback, type(own).__name__) and callback is not own:
+        if is_a(callback, type(own).__name__) and callback is not own:
             raise ValueError(
                 "a Trainer takes one INQCallback: two would claim the same weights and the same place in checkpoints; "
                 "give layers different widths with layer_bits"
             )
-        if _is(callback, "WeightAveraging"):
+        if is_a(callback, "WeightAveraging"):
             raise ValueError(
                 f"{name} saves and returns averaged weights, and averages of powers of two are none; average the "
                 "full-precision network first, then quantize it without this callback"
             )
-        if _is(callback, "ModelPruning"):
+        if is_a(callback, "ModelPruning"):
             raise ValueError(
                 f"{name} renames the weights while INQCallback quantizes them; prune first, make it permanent "
                 "(make_pruning_permanent=True), then quantize with INQCallback(keep_zeros=True)"
             )
 
 
-def check_optimizers(trainer: Trainer) -> None:
-    """Refuse optimizers that move weights where frozen ones cannot be held.
+def show_rates_last(trainer: Trainer) -> None:
+    """Let LearningRateMonitor look at the learning rates after they have been put back, wherever it is listed."""
+    trainer.callbacks = sorted(  # type: ignore[attr-defined]
+        callbacks_of(trainer), key=lambda callback: is_a(callback, "LearningRateMonitor")
+    )
+
+
+def check_strategy(strategy: object) -> None:
+    """Refuse strategies, of a Trainer or of Fabric, that show no parameters which could be kept exact.
 
     Raises:
-        ValueError: There is one.
+        ValueError: It is one; the message says what to use instead.
     """
-    for optimizer in trainer.optimizers:
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError(
-                "LBFGS moves the weights several times within one step, where frozen weights cannot be held; use "
-                "another optimizer, such as SGD or AdamW"
-            )
+    name = type(strategy).__name__
+    if is_a(strategy, "FSDPStrategy"):
+        raise ValueError(
+            f"{name} flattens the weights of several layers into one parameter, which has no grid; use FSDP2 through "
+            "ModelParallelStrategy, whose sharded parameters INQ knows"
+        )
+    if is_a(strategy, "DeepSpeedStrategy"):
+        raise ValueError(
+            f"{name} overwrites the module's weights from master copies of its own, frozen ones included; use ddp, or "
+            "FSDP2 through ModelParallelStrategy"
+        )
 
 
 def hold_until_complete(trainer: Trainer, schedule: Schedule, origin: int) -> None:
@@ -78,13 +85,13 @@ def hold_until_complete(trainer: Trainer, schedule: Schedule, origin: int) -> No
     """
     assert schedule.starts is not None
     complete = origin + schedule.starts[-1]
-    for callback in _callbacks(trainer):
-        if _is(callback, "EarlyStopping"):
+    for callback in callbacks_of(trainer):
+        if is_a(callback, "EarlyStopping"):
             if schedule.unit == "epoch":
                 trainer.fit_loop.min_epochs = max(trainer.fit_loop.min_epochs or 0, complete + 1)
             else:
                 trainer.fit_loop.epoch_loop.min_steps = max(trainer.fit_loop.min_steps or 0, complete + 1)
-        if _is(callback, "StochasticWeightAveraging"):
+        if is_a(callback, "StochasticWeightAveraging"):
             begins = callback.swa_start  # type: ignore[attr-defined]
             if schedule.unit != "epoch" or begins <= complete:
                 raise ValueError(
@@ -96,8 +103,8 @@ def hold_until_complete(trainer: Trainer, schedule: Schedule, origin: int) -> No
 
 def forget_best(trainer: Trainer) -> None:
     """Let checkpoints of a monitored best begin anew: what was best so far is a network that was not yet quantized."""
-    for callback in _callbacks(trainer):
-        if _is(callback, "ModelCheckpoint") and callback.monitor is not None:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
+        if is_a(callback, "ModelCheckpoint") and callback.monitor is not None:  # type: ignore[attr-defined]
             worst = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)  # type: ignore[attr-defined]
             fresh: dict[str, object] = {
                 "best_k_models": {},
@@ -107,12 +114,3 @@ def forget_best(trainer: Trainer) -> None:
             }
             for name, value in {**fresh, "kth_value": worst}.items():
                 setattr(callback, name, value)
-
-
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]
-
-
-def _is(thing: object, name: str) -> bool:
-    """Whether a class of this name is among the bases of ``thing``, from whichever package."""
-    return any(base.__name__ == name for base in type(thing).__mro__)

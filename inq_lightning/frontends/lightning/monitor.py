@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.model_helpers import is_overridden
-from torch import nn
 
 from inq_lightning.core import sharding
-from inq_lightning.core.layer import Layer, named_weights, plain_name
+from inq_lightning.core.layer import named_weights
+from inq_lightning.core.size import size_of
 from inq_lightning.frontends.lightning.base import Callback
 from inq_lightning.frontends.lightning.callback import INQCallback
+from inq_lightning.frontends.lightning.find import find_inq
+from inq_lightning.frontends.lightning.loggers import adapters, tensorboards
 from inq_lightning.report import plots
-from inq_lightning.report.metrics import BitsPerWeight
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-# TensorBoard shows the first hyper-parameters of the table only, and those first that are marked to differ.
-_FIRST = ("inq/bits", "inq/exponent", "inq/partition", "inq/portions", "lr", "learning_rate")
 
 
 class INQMonitor(Callback):
@@ -65,9 +61,8 @@ class INQMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make sure that there is something to monitor, and forget an earlier run."""
         _inq(trainer)
-        for logger in trainer.loggers:
-            if hasattr(logger, "_default_hp_metric"):  # else its placeholder would be the first to be written
-                logger._default_hp_metric = False
+        for board in tensorboards(trainer):
+            board.keep_first_hyperparameters()
         if stage == "fit":
             self._history, self._before = [_point(0, 0.0, self._before)] if self._before else [], {}
             self._shown, self._final, self._grouped, self._drawing = 0, False, False, True
@@ -107,12 +102,15 @@ class INQMonitor(Callback):
         self._show(trainer, pl_module)
         if not trainer.is_global_zero:
             return
-        size = float((size_of(pl_module, inq.layers).bits + 7) // 8)
+        size = float(size_of(pl_module, {layer.name: layer.bits for layer in inq.layers}).bytes)
         for logger in trainer.loggers:
             logger.log_metrics({"inq/bytes": size}, trainer.global_step)
             logger.save()
-        for logger in _loggers(trainer, "TensorBoardLogger"):
-            self._compare(logger, pl_module, inq)
+        for board in tensorboards(trainer):
+            board.compare(
+                _flat(pl_module.hparams) | _settings(inq),
+                self._names(pl_module) | {"inq/quantized_fraction", "inq/bytes"},
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The metrics so far, as plain numbers."""
@@ -149,7 +147,7 @@ class INQMonitor(Callback):
 
     def _show(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give every logger the state of the weights, and the metrics so far."""
-        if not any(_draws(logger) for logger in trainer.loggers):
+        if not adapters(trainer):
             return
         inq = _inq(trainer)
         final = inq.quantized_fraction == 1
@@ -165,17 +163,17 @@ class INQMonitor(Callback):
         if not layers or not trainer.is_global_zero:
             return
         title = f"phase {inq.phase} of {len(inq.options.phases.portions)}, {inq.quantized_fraction:.1%} frozen"
-        for logger in _loggers(trainer, "TensorBoardLogger"):
+        for board in tensorboards(trainer):
             for name, layer in layers.items():
-                _add_histogram(logger, f"inq_exponents/{name}/frozen", layer.frozen, trainer.global_step)
-                _add_histogram(logger, f"inq_exponents/{name}/free", layer.free, trainer.global_step)
+                board.histogram(f"inq_exponents/{name}/frozen", layer.frozen, trainer.global_step)
+                board.histogram(f"inq_exponents/{name}/free", layer.free, trainer.global_step)
         self._draw(trainer, "inq/exponents", lambda: plots.exponent_histogram(layers, title))
         self._draw(trainer, "inq/heatmap", lambda: plots.exponent_heatmap(layers, title))
 
     def _draw(self, trainer: Trainer, tag: str, figure: Callable[[], Figure], step: int | None = None) -> None:
         """Give a figure to the loggers that take one."""
-        loggers = [(logger, draw) for logger in trainer.loggers if (draw := _draws(logger))]
-        if not self._drawing or not loggers or not trainer.is_global_zero:
+        takers = adapters(trainer)
+        if not self._drawing or not takers or not trainer.is_global_zero:
             return
         try:
             drawn = figure()
@@ -183,17 +181,17 @@ class INQMonitor(Callback):
             self._drawing = False
             rank_zero_warn(f"INQMonitor logs no figures: {error}")
             return
-        for logger, draw in loggers:
-            draw(logger, tag, drawn, trainer.global_step if step is None else step)
+        for taker in takers:
+            taker.figure(tag, drawn, trainer.global_step if step is None else step)
 
     def _group(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write TensorBoard's layout of scalars, once the names of the metrics are known."""
         if self._grouped or not trainer.is_global_zero:
             return
         self._grouped = True
-        layout = _layout([*trainer.callback_metrics, *sorted(self._names(pl_module) - set(trainer.callback_metrics))])
-        for logger in _loggers(trainer, "TensorBoardLogger"):
-            logger.experiment.add_custom_scalars(layout)
+        logged = set(trainer.callback_metrics)
+        for board in tensorboards(trainer):
+            board.group([*trainer.callback_metrics, *sorted(self._names(pl_module) - logged)])
 
     def _names(self, pl_module: LightningModule) -> set[str]:
         """Metrics so far, and those of a test, which comes after fit: TensorBoard counts only what is named first."""
@@ -202,33 +200,15 @@ class INQMonitor(Callback):
             names |= {re.sub("^val(id(ation)?)?", "test", name) for name in names if _is_of(name, "val")}
         return names
 
-    def _compare(self, logger: Any, pl_module: LightningModule, inq: INQCallback) -> None:
-        """Write what TensorBoard's HPARAMS tab compares: hyper-parameters, and which scalars are the result."""
-        names = self._names(pl_module) | {"inq/quantized_fraction", "inq/bytes"}
-        hparams = _flat(pl_module.hparams) | _settings(inq)
-        with contextlib.suppress(ModuleNotFoundError):  # the logger writes through tensorboardX
-            from torch.utils.tensorboard.summary import hparams as summarize
-
-            texts = {name: str(value) if isinstance(value, bool) else value for name, value in hparams.items()}
-            experiment, *session = summarize(texts, dict.fromkeys(sorted(names), 0.0))  # type: ignore[no-untyped-call]
-            plugin = experiment.value[0].metadata.plugin_data
-            content = import_module("tensorboard.plugins.hparams.plugin_data_pb2").HParamsPluginData()
-            content.ParseFromString(plugin.content)
-            for info in content.experiment.hparam_infos:
-                info.differs = info.name in _FIRST
-            plugin.content = content.SerializeToString()
-            for summary in (experiment, *session):
-                logger.experiment.file_writer.add_summary(summary)
-
 
 def _inq(trainer: Trainer) -> INQCallback:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, INQCallback):
-            return callback
-    raise ValueError(
-        "INQMonitor shows what INQCallback does, and the Trainer has none: Trainer(callbacks=[INQCallback(), "
-        "INQMonitor()])"
-    )
+    inq = find_inq(trainer)
+    if inq is None:
+        raise ValueError(
+            "INQMonitor shows what INQCallback does, and the Trainer has none: Trainer(callbacks=[INQCallback(), "
+            "INQMonitor()])"
+        )
+    return inq
 
 
 def _point(step: int, fraction: float, metrics: dict[str, float]) -> dict[str, Any]:
@@ -258,17 +238,8 @@ def _exponents(pl_module: LightningModule, inq: INQCallback) -> dict[str, plots.
     for layer in inq.layers:
         parameter = parameters[layer.name]
         weight = sharding.full(sharding.local(parameter), parameter)
-        counted[layer.name] = plots.count_exponents(weight, inq.frozen_mask(layer.name), layer.n1, layer.n2)
+        counted[layer.name] = plots.count_exponents(weight, inq.frozen_mask(layer.name), layer.grid)
     return counted
-
-
-def size_of(module: nn.Module, layers: Iterable[Layer]) -> BitsPerWeight:
-    """Measure all parameters, those of ``layers`` at their bits a weight; the metric's ``bits`` is their sum."""
-    widths = {layer.name: layer.bits for layer in layers}
-    size = BitsPerWeight()
-    for name, parameter in module.named_parameters():
-        size.update(parameter.detach(), widths.get(plain_name(name)))
-    return size
 
 
 def _settings(inq: INQCallback) -> dict[str, Any]:
@@ -287,80 +258,3 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(value, (list, tuple)) and value:
             flat[name] = ", ".join(map(str, value))
     return flat
-
-
-def _layout(metrics: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
-    """Charts by category; TensorBoard takes the names for regular expressions."""
-
-    def chart(*names: str) -> list[Any]:
-        return ["Multiline", [f"^{re.escape(name)}$" for name in names]]
-
-    quantization = {
-        "quantized fraction": chart("inq/quantized_fraction"),
-        "phase": chart("inq/phase"),
-        "signal-to-quantization-noise ratio (dB)": chart("inq/sqnr_db"),
-    }
-    if any(name.startswith("inq/quantized_fraction/") for name in metrics):
-        quantization["quantized fraction by layer"] = ["Multiline", ["^inq/quantized_fraction/.+$"]]
-    if rates := [name for name in metrics if name.startswith("lr-")]:
-        quantization["learning rate"] = chart(*rates)
-    quantities: dict[str, list[str]] = {}
-    for name in metrics:
-        split = plots.split_metric(name)
-        if split:
-            quantities.setdefault(split[1], []).append(name)
-    layout = {"INQ": quantization}
-    if quantities:
-        layout["metrics"] = {quantity: chart(*names) for quantity, names in sorted(quantities.items())}
-    return layout
-
-
-# ---- loggers, told by the names of their classes: Lightning exists as two packages with the same ones ----------------
-
-
-def _is(logger: Any, name: str) -> bool:
-    return any(base.__name__ == name for base in type(logger).__mro__)
-
-
-def _loggers(trainer: Trainer, name: str) -> list[Any]:
-    return [logger for logger in trainer.loggers if _is(logger, name)]
-
-
-def _tensorboard(logger: Any, tag: str, figure: Figure, step: int) -> None:
-    logger.experiment.add_figure(tag, figure, step)
-
-
-def _wandb(logger: Any, tag: str, figure: Figure, step: int) -> None:
-    logger.log_image(tag, [figure], step)
-
-
-def _mlflow(logger: Any, tag: str, figure: Figure, step: int) -> None:
-    logger.experiment.log_figure(logger.run_id, figure, f"{tag}/{step:08d}.png")
-
-
-_LOGGERS = {"TensorBoardLogger": _tensorboard, "WandbLogger": _wandb, "MLFlowLogger": _mlflow}
-
-
-def _draws(logger: Any) -> Callable[[Any, str, Figure, int], None] | None:
-    """How this logger takes a figure, if it does."""
-    return next((draw for name, draw in _LOGGERS.items() if _is(logger, name)), None)
-
-
-def _add_histogram(logger: Any, tag: str, counts: Mapping[int | None, int], step: int) -> None:
-    """One bucket for each exponent, half of it to either side."""
-    exponents = sorted(k for k in counts if k is not None)
-    if not exponents:
-        return
-    every = range(exponents[0], exponents[-1] + 1)
-    number = [counts.get(k, 0) for k in every]
-    logger.experiment.add_histogram_raw(
-        tag,
-        min=every[0] - 0.5,
-        max=every[-1] + 0.5,
-        num=sum(number),
-        sum=sum(k * n for k, n in zip(every, number, strict=True)),
-        sum_squares=sum(k * k * n for k, n in zip(every, number, strict=True)),
-        bucket_limits=[k + 0.5 for k in every],
-        bucket_counts=number,
-        global_step=step,
-    )

@@ -8,7 +8,7 @@ from typing import Any
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import RichProgressBar
 
-from inq_lightning.frontends.lightning.callback import INQCallback
+from inq_lightning.frontends.lightning.find import find_inq
 
 
 class INQProgressBar(RichProgressBar):
@@ -45,8 +45,7 @@ class INQProgressBar(RichProgressBar):
 
     def _show(self, trainer: Trainer, batch: int) -> None:
         """Bring the line up to date, ``batch`` batches into the epoch."""
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        inq = next((callback for callback in callbacks if isinstance(callback, INQCallback)), None)
+        inq = find_inq(trainer)
         if self.progress is None or self.is_disabled or inq is None:
             return
         timetable, origin = inq.quantizer.timetable, inq.quantizer.origin

@@ -29,7 +29,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor
 
 from inq_lightning import INQCallback, Schedule
-from inq_lightning.frontends.lightning.monitor import INQMonitor, _layout
+from inq_lightning.frontends.lightning.loggers import layout
+from inq_lightning.frontends.lightning.monitor import INQMonitor
 
 SHORT = {0: 0.5, 1: 1.0}
 FIGURES = ["inq/exponents", "inq/heatmap", "inq/metrics"]
@@ -131,7 +132,7 @@ def test_the_layout_groups_scalars_that_exist(shown: EventAccumulator) -> None:
 
 
 def test_the_layout_has_a_chart_of_all_layers_where_they_are_logged() -> None:
-    charts = _layout(["inq/quantized_fraction", "inq/quantized_fraction/a.weight", "inq/quantized_fraction/b.weight"])
+    charts = layout(["inq/quantized_fraction", "inq/quantized_fraction/a.weight", "inq/quantized_fraction/b.weight"])
     (pattern,) = charts["INQ"]["quantized fraction by layer"][1]
     assert re.match(pattern, "inq/quantized_fraction/b.weight")
     assert not re.match(pattern, "inq/quantized_fraction")

@@ -19,7 +19,7 @@ from support import SCHEDULE, TinyModule, trainer
 
 from inq_lightning import INQCallback, Schedule
 from inq_lightning.frontends.lightning.progress import INQProgressBar
-from inq_lightning.recipes.train import accept_json, choose_output
+from inq_lightning.recipes.command import accept_json, choose_output
 
 
 class Lines(Callback):
@@ -179,5 +179,5 @@ def test_json_as_a_flag_is_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_output_is_refused() -> None:
-    with pytest.raises(ValueError, match="output must be auto, rich or json, got 'xml'"):
+    with pytest.raises(ValueError, match="output must be one of auto, rich, json, got 'xml'"):
         choose_output(OmegaConf.create({"output": "xml"}))

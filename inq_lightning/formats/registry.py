@@ -1,0 +1,127 @@
+"""All formats of files, in one table: what `inq-export` writes and `inq-inspect` opens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from inq_lightning.formats import accelerator, checkpoint, onnx, packed
+from inq_lightning.formats.contents import Contents
+from inq_lightning.formats.tensors import dtype_name, read_head
+
+
+class Format(NamedTuple):
+    """One format.
+
+    Attributes:
+        name: What ``--format`` calls it.
+        about: What it is, in a line.
+        suffixes: What names of such files end in.
+        recognizes: Whether a file with this head, see :func:`~inq_lightning.formats.tensors.read_head`, is one.
+        read: Reads one.
+        write: Writes a network, or its state_dict where ``of_tensors`` says so, to a path, with the keywords
+            ``layers``, ``allow_partial`` and those of ``options``; returns what is worth telling, in lines. None for
+            what is only read.
+        of_tensors: Whether a state_dict is enough to write it.
+        options: The keywords that it takes besides.
+    """
+
+    name: str
+    about: str
+    suffixes: tuple[str, ...]
+    recognizes: Callable[[bytes], bool]
+    read: Callable[[Path], Contents]
+    write: Callable[..., list[str]] | None = None
+    of_tensors: bool = False
+    options: tuple[str, ...] = ()
+
+
+def _write_packed(source: nn.Module | Mapping[str, Tensor], path: Path, **options: Any) -> list[str]:
+    saved, narrow = packed.save_packed(source, path, **options), options["float_dtype"]
+    lines = [
+        f"{saved.weights:,} quantized weights at {saved.bits_per_weight:.2f} bits, exponents and metadata included"
+    ]
+    if narrow is not None:
+        lines.append(f"largest error of other tensors in {dtype_name(narrow)}: {saved.float_error:.3g}")
+    if saved.off_grid:
+        lines.append(f"not quantized: {', '.join(saved.off_grid)}")
+    return lines
+
+
+def _write_onnx(model: nn.Module, path: Path, **options: Any) -> list[str]:
+    difference = onnx.export_onnx(model, path, **options)
+    return [f"largest difference of an output to torch: {difference:.3g}"]
+
+
+def _write_accelerator(name: accelerator.FormatName, model: nn.Module, path: Path, **options: Any) -> list[str]:
+    accelerator.save_accelerator(model, path, name, **options)
+    return []
+
+
+#: Every format by its name; what recognizes a file first reads it.
+FORMATS = {
+    target.name: target
+    for target in (
+        Format(
+            name="packed",
+            about="b bits a weight, for load_packed",
+            suffixes=(".safetensors",),
+            recognizes=packed.recognizes,
+            read=packed.read_packed,
+            write=_write_packed,
+            of_tensors=True,
+            options=("entropy_coded", "float_dtype", "schedule"),
+        ),
+        Format(
+            name="onnx",
+            about="codes in the smallest type, for ONNX Runtime",
+            suffixes=(".onnx",),
+            recognizes=onnx.recognizes,
+            read=onnx.read_onnx,
+            write=_write_onnx,
+            options=("inputs", "activations"),
+        ),
+        *(
+            Format(
+                name=numbers.name,
+                about=f"{numbers.bits_per_weight:g} bits a weight, for hardware that computes in {numbers.name}",
+                suffixes=(".safetensors",),
+                recognizes=accelerator.recognizes,
+                read=accelerator.read,
+                write=partial(_write_accelerator, numbers.name),
+            )
+            for numbers in accelerator.NUMBER_FORMATS.values()
+        ),
+        Format(
+            name="checkpoint",
+            about="a checkpoint of Lightning, or a state_dict, of torch.save or safetensors",
+            suffixes=(".ckpt", ".pt", ".pth", ".safetensors"),
+            recognizes=checkpoint.recognizes,
+            read=checkpoint.read_checkpoint,
+        ),
+    )
+}
+
+
+def read_file(path: str | os.PathLike[str]) -> Contents:
+    """Read a file of any format. What it is, its content tells, not its name; nothing in it is run.
+
+    Raises:
+        ValueError: The file is of no known format, or is damaged; the message begins with its path.
+        OSError: There is no such file.
+        ImportError: Reading it takes an extra that is not installed.
+    """
+    head = read_head(path)
+    target = next((target for target in FORMATS.values() if target.recognizes(head)), None)
+    if target is None:
+        written = ", ".join(target.name for target in FORMATS.values() if target.write)
+        raise ValueError(f"{path} is neither a checkpoint nor a state_dict, nor a file of inq-export ({written})")
+    try:
+        return target.read(Path(path))
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error

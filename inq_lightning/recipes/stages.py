@@ -1,0 +1,125 @@
+"""The stages of `inq-train`: the full-precision network is trained, then quantized. Each has a Trainer of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.callbacks import LearningRateMonitor, ProgressBar
+
+from inq_lightning.frontends.lightning.callback import INQCallback
+from inq_lightning.frontends.lightning.jsonlines import JSONLines
+from inq_lightning.frontends.lightning.monitor import INQMonitor
+from inq_lightning.recipes.start import Start, load_weights
+
+
+class FullPrecision(Callback):
+    """What the report says that a resumed run could not know: the full-precision network's metrics, the time before.
+
+    A callback, for Lightning keeps the state of callbacks in every checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+        self._before = 0.0
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time so far, that of interrupted runs included."""
+        return self._before + time.monotonic() - self._started
+
+    def state_dict(self) -> dict[str, Any]:
+        """Metrics and time."""
+        return {"metrics": self.metrics, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up metrics and time of the interrupted run."""
+        self.metrics, self._before = state_dict["metrics"], state_dict["seconds"]
+
+
+def pretrain(
+    cfg: DictConfig, start: Start, data: LightningDataModule, inq: INQCallback, carried: FullPrecision
+) -> Start:
+    """Train the full-precision network, or go on with it; the quantization starts from its weights.
+
+    Raises:
+        ValueError: ``pretrain.model`` has a key that the model lacks, or ``inq`` would find nothing to quantize.
+    """
+    cfg = _for_pretraining(cfg)
+    module: LightningModule = instantiate(cfg.model, _convert_="all")
+    inq.select(module)  # refuses bad patterns before hours of training rather than after
+    build_trainer(cfg, [carried]).fit(module, data, ckpt_path=start.checkpoint)
+    return Start("quantize", weights=module.state_dict())
+
+
+def quantize(
+    cfg: DictConfig, start: Start, data: LightningDataModule, inq: INQCallback, carried: FullPrecision
+) -> tuple[Trainer, LightningModule]:
+    """Test the full-precision network and quantize it, or go on with that.
+
+    Raises:
+        ValueError: The weights to start from belong to another network.
+    """
+    module: LightningModule = instantiate(cfg.model, _convert_="all")
+    trainer = build_trainer(cfg, [inq, carried])
+    if start.weights is not None:
+        load_weights(module, start.weights, cfg)
+        carried.metrics = test(trainer, module, data)
+    trainer.fit(module, data, ckpt_path=start.checkpoint)
+    return trainer, module
+
+
+def test(trainer: Trainer, module: LightningModule, data: LightningDataModule) -> dict[str, float]:
+    """Test metrics of the module as it is."""
+    return {
+        name: float(value) for metrics in trainer.test(module, data, verbose=False) for name, value in metrics.items()
+    }
+
+
+def build_trainer(cfg: DictConfig, callbacks: Sequence[Callback]) -> Trainer:
+    """Instantiate the Trainer of one stage with the configured loggers and callbacks; ``callbacks`` go first.
+
+    A configured callback that would refuse this Trainer, as there is nothing here for it to show, is left out.
+    """
+    if cfg.output == "json":
+        cfg.trainer.enable_progress_bar = False
+    loggers = [instantiate(logger) for logger in cfg.logger.values()]
+    shows = (
+        (LearningRateMonitor, bool(loggers)),
+        (INQMonitor, any(isinstance(callback, INQCallback) for callback in callbacks)),
+        (ProgressBar, cfg.trainer.enable_progress_bar),
+    )
+    idle = tuple(kind for kind, something in shows if not something)
+    configured = [c for c in map(instantiate, cfg.callbacks.values()) if not isinstance(c, idle)]
+    lines = [JSONLines(cfg.stage)] if cfg.output == "json" else []
+    trainer: Trainer = instantiate(
+        cfg.trainer,
+        callbacks=[*callbacks, *configured, *lines],
+        logger=loggers,
+        default_root_dir=cfg.output_dir,
+    )
+    return trainer
+
+
+def _for_pretraining(cfg: DictConfig) -> DictConfig:
+    """The config of the stage: what ``pretrain`` says, and nothing of what only the quantization needs."""
+    cfg = cfg.copy()
+    cfg.stage = "pretrain"
+    cfg.trainer.max_epochs = cfg.pretrain.max_epochs
+    cfg.trainer.max_steps = -1
+    for key in cfg.pretrain.model:
+        if key not in cfg.model:
+            raise ValueError(
+                f"pretrain.model.{key} is no key of the model's config, which has {', '.join(cfg.model)}; "
+                f"remove it with pretrain=plain"
+            )
+    quantization_only = {"lr_epochs": None, "distillation": 0.0}
+    for key, value in {**quantization_only, **cfg.pretrain.model}.items():
+        if key in cfg.model:
+            cfg.model[key] = value
+    return cfg

@@ -1,0 +1,140 @@
+"""Tables for terminals and files, out of the records that have the values. They need the extra ``train``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from inq_lightning._common import LazyExtra
+from inq_lightning.core.plan import Plan
+from inq_lightning.report.inspection import Inspection
+from inq_lightning.report.run import Report
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+rich, markup, tables = (LazyExtra(f"rich.{module}", "train") for module in ("console", "markup", "table"))
+
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+def plan_table(plan: Plan) -> Group:
+    """What will be quantized, when, and what that saves."""
+    layers = tables.Table(title="Selected layers")
+    zeros = any(layer.kept for layer in plan.layers)
+    layers.add_column("layer", overflow="fold")
+    _numbers(layers, "shape", "bits", "weights", *(["zeros that stay"] if zeros else []))
+    for layer in plan.layers:
+        kept = [f"{layer.kept:,}"] if zeros else []
+        layers.add_row(markup.escape(layer.name), _shape(layer.shape), str(layer.bits), f"{layer.numel:,}", *kept)
+
+    phases = tables.Table(title="Phases")
+    _numbers(phases, "phase", f"begins at {plan.unit}", "portion", "weights frozen", "of them new", "fraction")
+    before = 0
+    for number, phase in enumerate(plan.phases, 1):
+        start = "?" if phase.start is None else str(phase.start)
+        counts = f"{phase.frozen:,}", f"{phase.frozen - before:,}", f"{phase.fraction:.6g}"
+        phases.add_row(str(number), start, f"{phase.portion:g}", *counts)
+        before = phase.frozen
+
+    # Biases and norms go without saying; a whole matrix or kernel that stays is worth its name.
+    large = [markup.escape(tensor.name) for tensor in plan.floating if len(tensor.shape) > 1]
+    size = tables.Table(title="Size of all parameters", show_header=False)
+    size.add_column("")
+    size.add_column("", justify="right", overflow="fold")
+    size.add_row("weights to quantize", f"{sum(layer.numel for layer in plan.layers):,}")
+    size.add_row("in floating point", f"{sum(math.prod(tensor.shape) for tensor in plan.floating):,}")
+    if large:
+        size.add_row("among these", ", ".join(large))
+    size.add_row("bytes before", f"{plan.bytes_before:,}")
+    size.add_row("bytes after", f"{plan.bytes_after:,}")
+    group: Group = rich.Group(layers, phases, size)
+    return group
+
+
+def inspection_table(inspection: Inspection) -> Group:
+    """What a file holds, as aligned text; one row a layer."""
+    partial = any(0 < layer.frozen < layer.numel for layer in inspection.layers)
+    snr = any(layer.snr_db is not None for layer in inspection.layers)
+    layers = tables.Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    layers.add_column("layer", overflow="fold")
+    _numbers(layers, "shape", "bits", *(["frozen"] if partial else []), "zeros", "n2")
+    layers.add_column("shares", no_wrap=True)
+    _numbers(layers, "n1", *(["SNR/dB"] if snr else []), "before/B", "after/B")
+    for layer in inspection.layers:
+        layers.add_row(
+            markup.escape(layer.name),
+            _shape(layer.shape),
+            _text(layer.bits),
+            *([f"{layer.frozen / max(1, layer.numel):.1%}"] if partial else []),
+            _text(layer.zeros, ".1%"),
+            _text(layer.n2),
+            _bars(list(layer.exponents.values())),
+            _text(layer.n1),
+            *([_text(layer.snr_db, ".1f")] if snr else []),
+            f"{layer.bytes_before:,}",
+            f"{layer.bytes_after:,}",
+        )
+
+    summary = tables.Table(box=None, pad_edge=False, show_header=False)
+    summary.add_column("")
+    summary.add_column("", overflow="fold")
+    summary.add_row("kind", inspection.kind)
+    if inspection.schedule is not None:
+        summary.add_row("portions", ", ".join(f"{portion:g}" for portion in inspection.schedule.portions))
+        if inspection.schedule.starts is not None:
+            summary.add_row("starts", f"{_list(inspection.schedule.starts)} ({inspection.schedule.unit}s)")
+        if inspection.phase is not None:
+            summary.add_row("phase", f"{inspection.phase} of {len(inspection.schedule.portions)}")
+    summary.add_row("quantized fraction", f"{inspection.quantized_fraction:.6g}")
+    summary.add_row("fully quantized", "yes" if inspection.fully_quantized else "no")
+    summary.add_row("all tensors", f"{inspection.bytes_before:,} bytes before, {inspection.bytes_after:,} after")
+    summary.add_row("file", f"{inspection.file_bytes:,} bytes")
+    group: Group = rich.Group(layers, "", summary)
+    return group
+
+
+def report_table(report: Report) -> Table:
+    """Before and after of a quantization."""
+    table: Table = tables.Table(title="Incremental Network Quantization")
+    table.add_column("")
+    _numbers(table, "full precision", "quantized")
+    for metric in report.before | report.after:
+        before, after = report.before.get(metric), report.after.get(metric)
+        table.add_row(markup.escape(metric), _text(before, ".4f"), _text(after, ".4f"))
+    table.add_row("quantized fraction", "0", f"{report.quantized_fraction:.6g}")
+    table.add_row("bits of a quantized weight", "", _list(report.bits))
+    table.add_row("levels in use", "", f"{report.levels_used} of {report.levels_allowed}")
+    table.add_row("size of all parameters", _kibibytes(report.bytes_before), _kibibytes(report.bytes_after))
+    table.add_row("bits a parameter", "", f"{report.bits_per_weight:.2f}")
+    table.add_row("time", "", f"{report.seconds:.1f} s")
+    return table
+
+
+def _numbers(table: Table, *columns: str) -> None:
+    for column in columns:
+        table.add_column(column, justify="right")
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _text(value: float | None, form: str = "") -> str:
+    return "" if value is None else format(value, form)
+
+
+def _list(values: Iterable[int]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _kibibytes(count: int) -> str:
+    return f"{count / 1024:,.1f} KiB"
+
+
+def _bars(shares: Sequence[float]) -> str:
+    """A bar for each share, the highest one full; only zero has none."""
+    highest = max(shares, default=0.0)
+    return "".join(_BARS[math.ceil(share / highest * 8)] if share else _BARS[0] for share in shares)
