@@ -1,7 +1,7 @@
-"""Write docs/benchmarks.md from the JSON files of this folder: ``python -m benchmarks.page``.
+"""Write docs/benchmarks.md from page.md and the JSON files of this folder: ``python -m benchmarks.page``.
 
-Each JSON file is what one benchmark has measured: ``python -m benchmarks.sizes``, ``codec``, ``onnx_runtime``,
-``latency`` and ``fuzz``.
+The text is in page.md; the tables that it names are made here. Each JSON file is what one benchmark has measured:
+``python -m benchmarks.sizes``, ``codec``, ``onnx_runtime``, ``latency`` and ``fuzz``.
 """
 
 from __future__ import annotations
@@ -12,33 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sizes import ACCELERATORS
+from benchmarks.template import fill
 from inq_lightning.formats.accelerator import NUMBER_FORMATS
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent / "docs" / "benchmarks.md"
 
 Row = dict[str, Any]
-
-# What is not a figure: sentences, and the test that holds each.
-TESTS = {
-    "Round trip, bit for bit, of every type of layer at 2 to 8 bits, from a trained checkpoint": (
-        "test_every_layer_type_comes_back_from_a_trained_checkpoint"
-    ),
-    "Checkpoint → artifact → a process without Lightning: the same class for every test image": (
-        "test_an_exported_checkpoint_predicts_the_same_in_a_fresh_process_without_lightning"
-    ),
-    "A network that is not fully quantized is refused by name": (
-        "test_a_network_that_is_not_fully_quantized_is_refused_unless_asked_for"
-    ),
-    "Reading an artifact takes at most twice the memory of its tensors": (
-        "test_reading_takes_less_than_twice_the_memory_of_the_tensors"
-    ),
-    "ONNX weights are bit-identical to those of the float32 file, batch norm folded or not": (
-        "test_weights_in_the_file_are_bit_identical_to_those_of_the_float_file"
-    ),
-    "MXFP4, MXFP6, FP8 and int8 files hold every grid bit for bit": "test_files_hold_every_grid_bit_for_bit",
-    "torchao's tensors give every grid back bit for bit": ("test_torchao_gives_every_grid_back_bit_for_bit_or_refuses"),
-}
 
 
 def main() -> None:
@@ -47,45 +27,18 @@ def main() -> None:
 
 def page() -> str:
     sizes, codec, onnx, latency, fuzz = (read(name) for name in ("sizes", "codec", "onnx_runtime", "latency", "fuzz"))
-    sections = [
-        INTRODUCTION,
-        "## Promised and measured",
-        table(("promise", "target", "measured", "kept"), promises(sizes, codec, onnx, latency, fuzz)),
-        "What cannot be a figure is a test:",
-        table(("promise", "test"), ((what, f"`{test}`") for what, test in TESTS.items())),
-        *size_tables(sizes),
-        *load_tables(sizes),
-        *packed_tables(latency),
-        *onnx_tables(onnx),
-        *codec_tables(codec),
-        CLOSING,
-    ]
-    return "\n\n".join(section.strip() for section in sections) + "\n"
-
-
-INTRODUCTION = """
-<!-- Written by python -m benchmarks.page; change benchmarks/page.py, not this file. -->
-
-# Sizes and speed
-
-What the files of a quantized network take, what loading and running them costs, and what was promised. Measured on two
-cores of a server CPU with AVX-512 VNNI instructions, with torch 2.13 and ONNX Runtime 1.32; times are medians, and
-ratios travel better than times. `python -m benchmarks.page` makes this page from the JSON files that the benchmarks
-leave in `benchmarks/`.
-"""
-
-CLOSING = """
-## Measure again
-
-```bash
-python -m benchmarks.sizes         # all networks and bits: an hour; --networks and --bits choose
-python -m benchmarks.codec
-python -m benchmarks.onnx_runtime  # on a quiet machine
-python -m benchmarks.latency --json benchmarks/latency.json
-python -m benchmarks.fuzz
-python -m benchmarks.page
-```
-"""
+    return fill(
+        FOLDER / "page.md",
+        promises=table(("promise", "target", "measured", "kept"), promises(sizes, codec, onnx, latency, fuzz)),
+        sizes=size_table(sizes["networks"]),
+        bits=bits_table(sizes["networks"]),
+        trained_sizes=trained_size_table(sizes["trained"]),
+        loading=load_table(sizes["networks"]),
+        packed=packed_table(latency),
+        onnx_trained=onnx_trained_table(onnx["trained"]),
+        onnx_speed=onnx_speed_table(onnx["networks"]),
+        codec=codec_table(codec),
+    )
 
 
 # What else the packed modules are compared with: keys of latency.json, heads of columns.
@@ -93,13 +46,11 @@ RIVALS = {
     "median_vs_default": "against the contiguous float32 network",
     "median_vs_onnxruntime": "against float32 in ONNX Runtime",
 }
-NOT_YET = "Not measured yet."
 
 
 def read(name: str) -> Any:
-    """What a benchmark has measured; None if it has not."""
-    path = FOLDER / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    """What a benchmark has measured."""
+    return json.loads((FOLDER / f"{name}.json").read_text())
 
 
 # ---- promises --------------------------------------------------------------------------------------------------------
@@ -116,16 +67,15 @@ def promises(sizes: Any, codec: Any, onnx: Any, latency: Any, fuzz: Any) -> Iter
         f"{limit:.3f} of that at most",
         kept(limit <= 1),
     )
-    if codec:
-        packing = [row for row in codec if not row["entropy_coded"]]
-        slowest = max(row[way] for row in packing for way in ("pack", "unpack"))
-        copies = max(row[way] / row["copy"] for row in packing for way in ("pack", "unpack"))
-        yield (
-            f"packing or unpacking {packing[0]['numel'] // 10**6} M weights",
-            "seconds",
-            f"{slowest:.1f} s at most; {copies:.0f} times a copy of the codes",
-            kept(slowest < 10),
-        )
+    packing = [row for row in codec if not row["entropy_coded"]]
+    slowest = max(row[way] for row in packing for way in ("pack", "unpack"))
+    copies = max(row[way] / row["copy"] for row in packing for way in ("pack", "unpack"))
+    yield (
+        f"packing or unpacking {packing[0]['numel'] // 10**6} M weights",
+        "seconds",
+        f"{slowest:.1f} s at most; {copies:.0f} times a copy of the codes",
+        kept(slowest < 10),
+    )
     for bits, target in ((5, 0.27), (4, 0.14), (3, 0.14), (2, 0.08)):
         shares = [
             row["size"]["onnx"] / network["onnx_float32"]
@@ -150,21 +100,17 @@ def promises(sizes: Any, codec: Any, onnx: Any, latency: Any, fuzz: Any) -> Iter
             kept(different == 0),
         )
     yield from latency_promises(latency)
-    if fuzz:
-        files, accepted = (sum(row.get(what, 0) for row in fuzz) for what in ("files", "accepted, blind"))
-        slowest, most = (max(row[what] for row in fuzz) for what in ("slowest_seconds", "most_mib"))
-        yield (
-            "loading mutated files: no crash, no hang, no wrong weights, at most twice the declared memory",
-            "100,000",
-            f"{files:,}; {slowest:.2f} s, {most:.1f} MiB more at most; {accepted} accepted, with the saved weights",
-            kept(files >= 100_000),
-        )
+    files, accepted = (sum(row.get(what, 0) for row in fuzz) for what in ("files", "accepted, blind"))
+    slowest, most = (max(row[what] for row in fuzz) for what in ("slowest_seconds", "most_mib"))
+    yield (
+        "loading mutated files: no crash, no hang, no wrong weights, at most twice the declared memory",
+        "100,000",
+        f"{files:,}; {slowest:.2f} s, {most:.1f} MiB more at most; {accepted} accepted, with the saved weights",
+        kept(files >= 100_000),
+    )
 
 
-def latency_promises(latency: list[Row] | None) -> Iterable[Sequence[object]]:
-    if not latency:
-        yield "packed inference", "", "not measured", "–"
-        return
+def latency_promises(latency: list[Row]) -> Iterable[Sequence[object]]:
     for activations, most_bits, target in (("float", 4, 2.0), ("int8", 5, 3.5)):
         rows = [
             row
@@ -209,24 +155,20 @@ def kept(holds: bool) -> str:
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def size_tables(sizes: Any) -> Iterable[str]:
-    yield "## Files"
-    yield """
-Random weights of the published shapes, rounded to grids; MB are 10⁶ bytes, of the whole file. `zip` is the safetensors
-file of the quantized network, in float32, compressed; of more than 50 M weights, estimated from an eighth of the file.
-All networks fit into an ONNX file, which is of 2 GB at most.
-"""
+def size_table(networks: list[Row]) -> str:
     rows = []
-    for network in sizes["networks"]:
+    for network in networks:
         once = {name: size for row in network["rows"] for name, size in row["size"].items() if name in ACCELERATORS}
         for row in network["rows"]:
             size = row["size"] | {name: mb for name, mb in once.items() if row["bits"] <= NUMBER_FORMATS[name].max_bits}
             kinds = ("float32", "zip", "packed", "entropy_coded", "onnx", *ACCELERATORS)
             cells = [f"{size[kind] / 1e6:.2f}" if kind in size else "–" for kind in kinds]
             rows.append((network["network"], row["bits"], *cells))
-    heads = ("network", "bits", "float32", "zip", "packed", "entropy-coded", "ONNX", *ACCELERATORS)
-    yield table(heads, rows)
-    yield "Bits a quantized weight, all metadata of the file included, and the ONNX file against the float32 one:"
+    return table(("network", "bits", "float32", "zip", "packed", "entropy-coded", "ONNX", *ACCELERATORS), rows)
+
+
+def bits_table(networks: list[Row]) -> str:
+    heads = ("network", "bits", "packed", "order-0 entropy", "entropy-coded", "coded / entropy", "ONNX / float32")
     rows = [
         (
             network["network"],
@@ -235,75 +177,47 @@ All networks fit into an ONNX file, which is of 2 GB at most.
             f"{row['entropy_coded_over_entropy']:.4f}",
             f"{row['size']['onnx'] / network['onnx_float32']:.4f}",
         )
-        for network in sizes["networks"]
+        for network in networks
         for row in network["rows"]
     ]
-    yield table(
-        ("network", "bits", "packed", "order-0 entropy", "entropy-coded", "coded / entropy", "ONNX / float32"), rows
-    )
-    if sizes["trained"]:
-        yield """
-Trained networks, codes only. Of few weights, the table of frequencies that precedes each layer's code weighs more
-(four bytes for each code, so within the promised KiB a layer):
-"""
-        yield table(
-            ("network", "weights", "bits", "packed", "order-0 entropy", "coded / entropy"),
-            (
-                (
-                    row["network"],
-                    f"{row['selected']:,}",
-                    ", ".join(map(str, row["bits"])),
-                    *(f"{row[f'{kind}_bits_per_weight']:.3f}" for kind in ("packed", "entropy")),
-                    f"{row['entropy_coded_over_entropy']:.4f}",
-                )
-                for row in sizes["trained"]
-            ),
+    return table(heads, rows)
+
+
+def trained_size_table(trained: list[Row]) -> str:
+    rows = [
+        (
+            row["network"],
+            f"{row['selected']:,}",
+            ", ".join(map(str, row["bits"])),
+            *(f"{row[f'{kind}_bits_per_weight']:.3f}" for kind in ("packed", "entropy")),
+            f"{row['entropy_coded_over_entropy']:.4f}",
         )
+        for row in trained
+    ]
+    return table(("network", "weights", "bits", "packed", "order-0 entropy", "coded / entropy"), rows)
 
 
-def load_tables(sizes: Any) -> Iterable[str]:
-    yield "## Saving and loading"
-    yield """
-Times as multiples of those of a float32 file, on a busy machine: a file of float32 loads faster than a packed one,
-whose weights have to be decoded, so packed files save disk and transfer. The peak of memory while a network loads is
-given against its float32 tensors, and includes the network itself (1 ×); float32 files are mapped into memory and
-copied, which counts the mapped file as well.
-"""
+def load_table(networks: list[Row]) -> str:
     kinds = ("float32", "packed", "entropy_coded")
-    yield table(
+    ways = [(what, kind) for what in ("save", "load") for kind in kinds[1:]]
+    heads = [
+        *("network", "bits", *(f"{what} {kind.replace('_', '-')}" for what, kind in ways)),
+        *(f"peak {kind.replace('_', '-')}" for kind in kinds),
+    ]
+    rows = [
         (
-            "network",
-            "bits",
-            *(f"{what} {kind.replace('_', '-')}" for what in ("save", "load") for kind in kinds[1:]),
-            *(f"peak {kind.replace('_', '-')}" for kind in kinds),
-        ),
-        (
-            (
-                network["network"],
-                row["bits"],
-                *(
-                    f"{row[f'{what}_seconds'][kind] / row[f'{what}_seconds']['float32']:.1f} ×"
-                    for what in ("save", "load")
-                    for kind in kinds[1:]
-                ),
-                *(f"{row['load_peak_memory'][kind]:.2f} ×" for kind in kinds),
-            )
-            for network in sizes["networks"]
-            for row in network["rows"]
-        ),
-    )
+            network["network"],
+            row["bits"],
+            *(f"{row[f'{what}_seconds'][kind] / row[f'{what}_seconds']['float32']:.1f} ×" for what, kind in ways),
+            *(f"{row['load_peak_memory'][kind]:.2f} ×" for kind in kinds),
+        )
+        for network in networks
+        for row in network["rows"]
+    ]
+    return table(heads, rows)
 
 
-def packed_tables(latency: list[Row] | None) -> Iterable[str]:
-    yield "## Packed modules"
-    if not latency:
-        yield NOT_YET
-        return
-    yield """
-[`to_packed`](how-to/export.md#packed-modules) against the float32 network in torch, one thread, in the same memory
-format: how many times as fast, so above 1 the packed one is faster. Memory is that of weights, error the largest
-against the largest output. Each row is the middle one of three runs of `python -m benchmarks.latency --calls 60`.
-"""
+def packed_table(latency: list[Row]) -> str:
     others = {key: head for key, head in RIVALS.items() if any(key in row for row in latency)}
     heads = ["network", "bits", "activations", "batch", "speed", *others.values(), "memory", "error"]
     rows = []
@@ -311,49 +225,30 @@ against the largest output. Each row is the middle one of three runs of `python 
         speeds = [f"{row[key]:.2f} ×" if key in row else "–" for key in ("median", *others)]
         cells = [row[key] for key in ("network", "bits", "activations", "batch")]
         rows.append((*cells, *speeds, f"{row['memory']:.2f} ×", f"{row['error']:.0e}"))
-    yield table(heads, rows)
-    if any(verdict != "yes" for *_, verdict in latency_promises(latency)):
-        yield """
-Convolutions, and linear layers of fewer than 2^17 weights, decode their weights each time they run and then compute as
-float32 does; in somewhat larger ones, rounding the activations takes the time that their products save. At batch 1 such
-networks gain memory, not speed. In ONNX Runtime, a multilayer perceptron gains speed with `activations="int8"`, see
-below.
-"""
+    return table(heads, rows)
 
 
-def onnx_tables(onnx: Any) -> Iterable[str]:
-    yield "## ONNX Runtime"
-    yield """
-Trained networks: the file against the float32 one, and how many of all test images get the class that torch gives
-them, in the session modes `exact`, `low-memory` and `fast`. Accuracies tell which networks were
-compared, not what INQ keeps: for that, ResNet-20 was trained and quantized for too short a time.
-"""
-    yield table(
-        ("network", "weights", "bits", "file", "accuracy in torch", "same class", "largest difference of an output"),
+def onnx_trained_table(trained: list[Row]) -> str:
+    heads = ("network", "weights", "bits", "file", "accuracy in torch", "same class", "largest difference of an output")
+    rows = [
         (
-            (
-                row["network"],
-                f"{row['weights']:,}",
-                row["bits"],
-                f"{row['size']:.3f} ×",
-                f"{row['accuracy']:.4f}",
-                " / ".join(f"{same:,}" for same in row["same"].values()) + f" of {row['images']:,}",
-                f"{row['difference']:.0e}",
-            )
-            for row in sorted(onnx["trained"], key=lambda row: (row["weights"], row["bits"]))
-        ),
-    )
-    yield """
-The graph itself takes some kilobytes, a part of the file that counts only where a network is as small as SmallCNN.
+            row["network"],
+            f"{row['weights']:,}",
+            row["bits"],
+            f"{row['size']:.3f} ×",
+            f"{row['accuracy']:.4f}",
+            " / ".join(f"{same:,}" for same in row["same"].values()) + f" of {row['images']:,}",
+            f"{row['difference']:.0e}",
+        )
+        for row in sorted(trained, key=lambda row: (row["weights"], row["bits"]))
+    ]
+    return table(heads, rows)
 
-Speed, one thread, as multiples of float32's in ONNX Runtime; in brackets against float32 torch. `A8` is
-`activations="int8"` (MatMulNBits); `exact` and `fast` decode the weights when the session is made, `low-memory` at each
-run. Loading is making a session, as a multiple of float32's time, memory by how much that raises the peak of the
-process.
-"""
+
+def onnx_speed_table(networks: list[Row]) -> str:
     rows = []
-    for row in onnx["networks"]:
-        base = next(r for r in onnx["networks"] if r["network"] == row["network"] and r["bits"] == 32)
+    for row in networks:
+        base = next(r for r in networks if r["network"] == row["network"] and r["bits"] == 32)
         speeds = [
             f"{base[key] / row[key]:.2f} × ({row[f'torch_{key}'] / row[key]:.2f} ×)"
             for key in ("batch_1_ms", "batch_64_ms")
@@ -365,18 +260,10 @@ process.
             (row["network"], name, row["mode"], f"{row['size']:.3f} ×", *speeds, load,
              f"{row['peak_mib']:.0f} MiB", difference)
         )  # fmt: skip
-    yield table(("network", "bits", "mode", "file", "batch 1", "batch 64", "load", "memory", "difference"), rows)
+    return table(("network", "bits", "mode", "file", "batch 1", "batch 64", "load", "memory", "difference"), rows)
 
 
-def codec_tables(codec: list[Row] | None) -> Iterable[str]:
-    yield "## Codec"
-    if not codec:
-        yield NOT_YET
-        return
-    yield """
-Seconds for 100 M codes, one thread, and as multiples of a copy of the codes (one byte each) in memory; entropy coding
-was measured on 10 M codes, all equally frequent.
-"""
+def codec_table(codec: list[Row]) -> str:
     rows = []
     for bits in sorted({row["bits"] for row in codec}):
         cells: list[str] = []
@@ -386,7 +273,7 @@ was measured on 10 M codes, all equally frequent.
                 f"{row[way] * 1e8 / row['numel']:.1f} s ({row[way] / row['copy']:.0f} ×)" for way in ("pack", "unpack")
             ]
         rows.append((bits, *cells))
-    yield table(("bits", "pack", "unpack", "pack entropy-coded", "unpack entropy-coded"), rows)
+    return table(("bits", "pack", "unpack", "pack entropy-coded", "unpack entropy-coded"), rows)
 
 
 def between(values: Sequence[float], form: str) -> str:

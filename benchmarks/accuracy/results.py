@@ -1,4 +1,4 @@
-"""The results page, docs/results.md and its figures, from the study's results.
+"""The results page, docs/results.md and its figures, from the study's results and the text of results.md beside this.
 
 ``python -m benchmarks.accuracy.results RUNS`` adds the result files under RUNS to results.json beside this file, in the
 place of earlier ones of the same cell and seed, then writes the page; without RUNS, from the results.json that is
@@ -13,6 +13,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,13 @@ from matplotlib.ticker import MaxNLocator
 from benchmarks.accuracy.channels import KEPT as CHANNELS_KEPT
 from benchmarks.accuracy.norms import KEPT as NORMS_KEPT
 from benchmarks.accuracy.study import TRIAL
+from benchmarks.template import fill
 from inq_lightning.report.plots import Exponents, exponent_histogram
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
+TEMPLATE = HERE / "results.md"
+DRAWN = ("5bit", "2bit")  # cells with figures on the page
 
 TEST_IMAGES = 10_000
 
@@ -49,104 +53,6 @@ DROPPED = {
     "3bit_by_error": "The free weights with the smallest rounding error freeze first.",
     "2bit_by_channel": "Each output channel has its own n1, by least error.",
 }
-
-SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    (
-        "Bits",
-        "First and last layer are quantized too; every selected weight is on its grid.",
-        ("5bit", "4bit", "3bit", "2bit"),
-    ),
-    (
-        "Controls",
-        "What further training alone brings.",
-        ("5bit_control", "4bit_control", "3bit_control", "2bit_control"),
-    ),
-    (
-        "Without INQ",
-        "Rounding everything at once, with no training or with training for what is not quantized: biases and norms.",
-        ("5bit_one_shot", "5bit_one_phase", "3bit_one_shot", "2bit_one_shot"),
-    ),
-    ("Which weights first", "", ("5bit", "5bit_random", "3bit", "3bit_random")),
-    (
-        "Portions",
-        "Four longer phases do as well at 3 bits as the paper's eight, which the preset keeps to.",
-        ("5bit", "5bit_alexnet", "3bit", "3bit_coarse", "3bit_long_last"),
-    ),
-    ("Restarts", "", ("5bit", "5bit_no_restart", "5bit_reset_optimizer")),
-    (
-        "Longer training",
-        "The held-out images, which decide, are against it and the test images for it, both within chance.",
-        ("5bit", "5bit_20_epochs", "5bit_long"),
-    ),
-    ("Pruned first", "", ("5bit", "5bit_pruned")),
-    (
-        "What low bit widths need",
-        "By the maximum instead of the least error, 2 bits fail. Ends at 8 bits gain no more than chance might.",
-        ("2bit", "2bit_max", "2bit_first_last_8bit"),
-    ),
-    (
-        "The teacher",
-        "What the preset of 2 bits needs most, after least error.",
-        ("5bit", "5bit_no_distillation", "2bit", "2bit_no_distillation"),
-    ),
-    (
-        "Tried and dropped",
-        "They gained no more on the held-out images than chance might, or lost, so the callback does not have them.",
-        ("2bit", "2bit_straight_through", "2bit_by_channel", "3bit", "3bit_straight_through", "3bit_by_error"),
-    ),
-)
-
-PUBLISHED = (
-    ("INQ, ResNet-18 on ImageNet, top-1", "32 → 5 bits", "68.27 → 68.98", "Zhou et al., ICLR 2017, table 1"),
-    ("INQ, ResNet-18 on ImageNet, top-1", "32 → 2 bits", "68.27 → 66.02", "Zhou et al., ICLR 2017, table 4"),
-    ("TTQ, ResNet-20 on CIFAR-10", "32 → 2 bits", "91.77 → 91.13", "Zhu et al., ICLR 2017, table 1"),
-    (
-        "DeepShift, ResNet-18 on CIFAR-10, from a trained network",
-        "32 → 5, 4, 3, 2 bits",
-        "94.45 → 94.12, 94.13, 91.16, 90.68",
-        "Elhoushi et al., CVPR workshops 2021",
-    ),
-    (
-        "APoT, ResNet-20 on CIFAR-10, weights and activations",
-        "32 → 4, 3, 2 bits",
-        "92.96 → 92.45, 92.49, 90.96",
-        "Li et al., ICLR 2020",
-    ),
-)
-
-
-INTRODUCTION = """\
-ResNet-20 on CIFAR-10 (a copy of the images that went through JPEG, so all accuracies are somewhat under those on the
-original ones). Each network is compared with the full-precision baseline of its own seed, and with the *control*: that
-baseline trained on, at full precision, for the same epochs with the same restarts of the learning rate and the same
-teacher, so that a gain from mere further training is not taken for INQ's. A tenth of the training images is held out
-for choosing settings; test images are looked at once, by the finished network, and differences are theirs. At an
-accuracy, ± is half the range over the seeds; at a difference, which is over the seeds that both networks have run with,
-its standard error over the 10,000 test images of each, so what is under two of them may be chance."""
-
-TRIALS = """\
-By accuracy on the 5,000 images held out of the training set. Test images had no say, though the first trials were still
-shown them. Two runs that differ by less than half a point may as well be equal. `inq.straight_through` was an option
-then, which the presets of 3 and 2 bits had."""
-
-CHANNELS = """\
-The grid belongs to the layer. Would each output channel gain by its own, or by a scale fitted to it? Batch
-normalization takes up any scale of a filter, so what counts is the error that no scale makes good, 1 - cos² between a
-filter and its rounded self: here the median over all filters of the baseline, before any training
-(`python -m benchmarks.accuracy.channels`). Choosing n1 by the least error brings most of what there is to gain, and
-training at 2 bits with a grid for each channel [gained nothing](#tried-and-dropped), so channels share their layer's
-grid."""
-
-
-NORMS = """\
-The statistics that batch normalization has gathered while it trained, or those of the finished network, averaged over
-all training images by `torch.optim.swa_utils.update_bn` (`python -m benchmarks.accuracy.norms`)? Accuracy on the
-images held out, in %. The last phase trains nothing but biases and norms, so there is hardly anything left to gain."""
-
-
-PRESET = """\
-`inq-train` runs one preset by itself, here from the baseline of seed 0. Its report, with accuracies in the bfloat16
-that it trains in:"""
 
 
 def gather(runs: Path) -> Results:
@@ -283,13 +189,11 @@ def norms() -> str:
 
 
 def preset() -> str:
-    """The command of the preset of 5 bits, and the report.json that it wrote."""
+    """What the preset of 5 bits reports of its run."""
     report = json.loads((HERE / "preset_5bit.json").read_text())
-    command = "inq-train experiment=cifar10_resnet20_5bit ckpt=benchmarks/accuracy/baselines/0.safetensors"
     sizes = [f"{report[f'bytes_{when}'] / 1024:.1f} KiB" for when in ("before", "after")]
     scores = [f"{100 * report[when]['test/acc']:.2f}" for when in ("before", "after")]
     return (
-        f"```console\n$ {command} data.path=cifar10.npz\n```\n\n"
         "| | full precision | quantized |\n|---|---|---|\n"
         f"| test accuracy (%) | {' | '.join(scores)} |\n"
         f"| levels in use | | {report['levels_used']} of {report['levels_allowed']} |\n"
@@ -345,57 +249,28 @@ def histogram(results: Results, cell: str) -> Figure:
     return exponent_histogram({"before": Exponents(free=before), f"after, {cell}": Exponents(frozen=after)})
 
 
+def compare(results: Results, *cells: str, note: str = "") -> str:
+    """A table of cells, and what they are; the note comes between."""
+    meanings = [f"- `{cell}`: {description(cell)}{'' if cell in results else ' Not run yet.'}" for cell in cells]
+    return "\n\n".join(filter(None, (table(results, cells), note, "\n".join(meanings))))
+
+
 def page(results: Results) -> str:
     baseline = results["baseline"]
-    settings = next(iter(baseline.values()))["settings"]
-    parts = [
-        "# Accuracy on CIFAR-10",
-        "<!-- Written by `python -m benchmarks.accuracy.results`; change that instead. -->",
-        INTRODUCTION,
-        f"The baselines, which come with the project, were trained for {settings['pretrain']['max_epochs']} epochs: "
-        + ", ".join(
+    return fill(
+        TEMPLATE,
+        epochs=next(iter(baseline.values()))["settings"]["pretrain"]["max_epochs"],
+        baselines=", ".join(
             f"{accuracy(run):.2f}% with seed {seed} (held-out {100 * run['metrics']['val/acc']:.2f}%)"
             for seed, run in sorted(baseline.items())
-        )
-        + ".",
-    ]
-    shown: set[str] = set()
-    for title, text, cells in SECTIONS:
-        cells = tuple(cell for cell in cells if cell in results)
-        if shown.issuperset(cells):  # nothing to compare yet
-            continue
-        shown |= {*cells}
-        parts += [f"## {title}", text] if text else [f"## {title}"]
-        parts.append(table(results, cells))
-        if title == "Bits":
-            parts.append(aims(results))
-        parts.append("\n".join(f"- `{cell}`: {description(cell)}" for cell in cells))
-    missing = [f"`{cell}`" for cell in cells_of_the_study() if cell not in results]
-    if missing:
-        parts += ["## Not run yet", f"The study has these cells, too: {', '.join(missing)}."]
-    parts += ["## Finer grids", CHANNELS, channels()]
-    parts += ["## Batch normalization at the end", NORMS, norms()]
-    if any(name.startswith(TRIAL) for name in results):
-        parts += ["## How the presets were chosen", TRIALS, trials(results)]
-    drawn = [cell for cell in ("5bit", "2bit") if cell in results]
-    if drawn:
-        parts += ["## Over the epochs", "![Validation accuracy over the epochs](images/accuracy-epochs.svg)"]
-        parts.append("## Where the weights go")
-        parts += [f"![Weights on the exponent axis, {cell}](images/accuracy-{cell}.svg)" for cell in drawn]
-    parts.append("## Published results")
-    parts.append("As their authors report them, on other data and from other baselines: for orientation only.")
-    lines = ["| method and network | bits | accuracy (%) | source |", "|---|---|---|---|"]
-    parts.append("\n".join([*lines, *(f"| {' | '.join(row)} |" for row in PUBLISHED)]))
-    parts += ["## One preset, one command", PRESET, preset()]
-    parts.append("## Run it again")
-    parts.append(
-        "```console\n"
-        "$ python -m benchmarks.accuracy.study -m cell=baseline seed=0,1 folder=runs data.path=cifar10.npz\n"
-        "$ python -m benchmarks.accuracy.study -m 'cell=glob(*)' seed=0 folder=runs data.path=cifar10.npz\n"
-        "$ python -m benchmarks.accuracy.results runs\n"
-        "```"
+        ),
+        compare=partial(compare, results),
+        aims=aims(results),
+        channels=channels(),
+        norms=norms(),
+        trials=trials(results),
+        preset=preset(),
     )
-    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
@@ -409,10 +284,8 @@ def main() -> None:
     text = page(results)
     kept.write_text(json.dumps(results, separators=(",", ":")) + "\n")
     (DOCS / "results.md").write_text(text)
-    drawn = [cell for cell in ("5bit", "2bit") if cell in results]
-    figures = {f"accuracy-{cell}": histogram(results, cell) for cell in drawn}
-    if drawn:
-        figures["accuracy-epochs"] = course(results, drawn)
+    figures = {f"accuracy-{cell}": histogram(results, cell) for cell in DRAWN}
+    figures["accuracy-epochs"] = course(results, DRAWN)
     with matplotlib.rc_context({"svg.hashsalt": "results"}):  # the same figures, the same files
         for name, figure in figures.items():
             figure.savefig(DOCS / "images" / f"{name}.svg", metadata={"Date": None})

@@ -75,7 +75,7 @@ def export_onnx(
 ) -> float:
     """Write a quantized network as one ONNX file, and check the file in ONNX Runtime.
 
-    Quantized weights are stored as codes that nodes of the graph decode without loss (docs/export-onnx.md has the
+    Quantized weights are stored as codes that nodes of the graph decode without loss (docs/reference/onnx.md has the
     types); the rest stays float32. A batch normalization behind a quantized layer becomes scales of the decoding. The
     first dimension of the inputs is dynamic. The network is exported in eval mode and left as it was.
 

@@ -24,7 +24,7 @@ def configures(target: Callable[..., Any], allowed: Mapping[str, str] | None = N
 
     Args:
         target: What is configured; the class keeps it as ``configured``, whose docstring tells what the keys mean.
-        allowed: Allowed values of arguments, for docs/configuration.md, where the type does not list them.
+        allowed: Allowed values of arguments, for docs/reference/configuration.md, where the type does not list them.
     """
 
     def decorate(config: type[T]) -> type[T]:

@@ -11,7 +11,8 @@ from support import ROOT
 
 from inq_lightning.recipes import classifier, config, data
 
-SCRIPT = ROOT / "docs" / "configuration.py"
+SCRIPT = ROOT / "tools" / "configuration.py"
+PAGE = ROOT / "docs" / "reference" / "configuration.md"
 CONFIGS = {
     config.TrainConfig: "",
     config.INQConfig: "inq.",
@@ -39,7 +40,7 @@ def script() -> ModuleType:
 def rows() -> dict[str, list[list[str]]]:
     """Cells of the committed page's rows, by key; a key of several data modules or networks has several."""
     found: dict[str, list[list[str]]] = {}
-    for line in SCRIPT.with_suffix(".md").read_text().splitlines():
+    for line in PAGE.read_text().splitlines():
         if line.startswith("| `"):
             cells = [cell.strip() for cell in line.strip("|").split("|")]
             found.setdefault(cells[0].strip("` "), []).append(cells)
@@ -47,7 +48,7 @@ def rows() -> dict[str, list[list[str]]]:
 
 
 def test_the_page_is_what_the_script_writes(script: ModuleType) -> None:
-    assert script.page() == SCRIPT.with_suffix(".md").read_text(), "stale: run python docs/configuration.py"
+    assert script.page() == PAGE.read_text(), "stale: run python tools/configuration.py"
 
 
 @pytest.mark.parametrize("structured", CONFIGS, ids=lambda c: c.__name__)

@@ -92,7 +92,10 @@ def test_the_notebook_runs_from_top_to_bottom(folder: Path) -> None:
 @pytest.mark.slow
 def test_the_figures_are_made_by_their_script(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(DOCS / "figures.py"), str(tmp_path)], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, str(ROOT / "tools" / "figures.py"), str(tmp_path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     made = {path.name for path in tmp_path.iterdir() if path.suffix in (".svg", ".gif")}

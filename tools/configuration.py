@@ -1,4 +1,4 @@
-"""Makes docs/configuration.md, the tables of every key of inq-train: ``python docs/configuration.py``.
+"""Makes docs/reference/configuration.md, the tables of every key of inq-train: ``python tools/configuration.py``.
 
 Keys, types and defaults are those of the structured configs and of `conf/`; meanings are those of the docstrings of
 what the keys configure: nothing is written twice.
@@ -26,7 +26,7 @@ from inq_lightning.recipes.config import TrainConfig, register_training
 
 register_training()
 
-PAGE = Path(__file__).with_suffix(".md")
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "configuration.md"
 CONF = Path(next(iter(inq_lightning.conf.__path__)))
 TYPED = {  # groups whose keys are known, and where they are in the config
     "inq": "inq",
@@ -41,7 +41,7 @@ FREE = ("logger", "callbacks", "experiment")  # groups whose entries have any na
 INTRODUCTION = """\
 # Configuration
 
-<!-- Written by docs/configuration.py from the structured configs and docstrings: change those, then run it. -->
+<!-- Written by tools/configuration.py from the structured configs and docstrings: change those, then run it. -->
 
 The keys of `inq-train` and `inq-plan`, set on the command line: `inq-train inq.bits=4 trainer.max_epochs=20`. A key
 of another name or a value of another type is refused. `GROUP=OPTION`, such as `model=resnet20`, sets several keys at

@@ -1,4 +1,4 @@
-"""Makes the figures of docs/explanation.md from a run of the package itself: ``python docs/figures.py [FOLDER]``.
+"""Makes the figures of docs/explanation.md from a run of the package itself: ``python tools/figures.py [FOLDER]``.
 
 Trains a small network on the digits of scikit-learn, quantizes it to 5 bits in the paper's four phases and draws what
 happened; then measures what becomes of frozen weights when only their gradients are zeroed, and prints the table.
@@ -78,7 +78,7 @@ class Recorder(Callback):
 
 def main() -> None:
     """Run, measure, draw."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "images"
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "docs" / "images"
     mpl.rcParams.update(
         {
             "font.size": 10,

@@ -1,4 +1,4 @@
-"""Makes docs/images/site-*.png from the built site: ``python docs/screenshot_site.py [FOLDER]``; needs Chromium."""
+"""Makes docs/images/site-*.png from the built site: ``python tools/screenshot_site.py [FOLDER]``; needs Chromium."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAGES = {
     "site-home": "",
     "site-tutorial": "tutorial/",
     "site-how-to": "how-to/watch/",
-    "site-configuration": "configuration/",
+    "site-configuration": "reference/configuration/",
 }
 
 

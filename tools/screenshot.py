@@ -1,4 +1,4 @@
-"""Makes docs/images/tensorboard-*.png from runs of inq-train: ``python docs/screenshot.py``; needs Chromium."""
+"""Makes docs/images/tensorboard-*.png from runs of inq-train: ``python tools/screenshot.py``; needs Chromium."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-IMAGES = Path(__file__).parent / "images"
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
 PAGES = {  # by image: folder of runs, page, size of the window
     "scalars": ("demo", "scalars&tagFilter=inq%2F|acc|loss&regexInput=quantize&_smoothingWeight=0", "1500,1000"),
     "figures": ("demo", "images&regexInput=quantize", "1500,720"),
