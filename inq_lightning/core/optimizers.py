@@ -17,23 +17,23 @@ _SWAPS = (
 
 
 def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
-    """Refuse optimizers that move weights where frozen ones cannot be held.
+    """Refuse optimizers that move weights where frozen ones cannot be held, also within others that wrap them.
+
+    They are known by what they are: their classes' names, from whichever library, and their methods.
 
     Raises:
         ValueError: There is one.
     """
     for optimizer in optimizers:
-        while isinstance(within := getattr(optimizer, "optimizer", None), Optimizer):
-            _check_name(optimizer)
-            optimizer = within
-        _check_name(optimizer)
-        if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
-            raise ValueError(_SWAPS.format(name=type(optimizer).__name__))
-
-
-def _check_name(optimizer: Optimizer) -> None:
-    """Refuse what is known by the names of its classes, from whichever library."""
-    names = [base.__name__ for base in type(optimizer).__mro__]
-    for part, reason in (("LBFGS", _MOVES_OFTEN), ("ScheduleFree", _SWAPS)):
-        if any(part in name for name in names):
-            raise ValueError(reason.format(name=names[0]))
+        known = [optimizer]
+        for one in known:
+            within = [o for o in vars(one).values() if isinstance(o, Optimizer) and all(o is not k for k in known)]
+            known += within
+            names = [base.__name__ for base in type(one).__mro__]
+            swaps = all(callable(getattr(one, method, None)) for method in ("train", "eval"))
+            if any("LBFGS" in name for name in names):
+                raise ValueError(_MOVES_OFTEN.format(name=names[0]))
+            if any("ScheduleFree" in name for name in names) or (
+                swaps and not within
+            ):  # a wrapper's methods may be idle
+                raise ValueError(_SWAPS.format(name=names[0]))

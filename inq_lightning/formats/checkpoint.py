@@ -62,7 +62,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 def read_checkpoint(path: str | os.PathLike[str]) -> Contents:
     """Read a Lightning checkpoint or a saved state_dict; no code in it is run.
 
-    Only a checkpoint with the state of `INQCallback` tells layers, schedule and phase.
+    Only a checkpoint with the state of `INQCallback` tells layers, schedule and phase; ``metadata["left_out"]`` tells
+    why the other weights are not quantized.
 
     Raises:
         ValueError: The file is neither, or is damaged.
@@ -83,7 +84,26 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Contents:
         layers = [_layer(name, layer) for name, layer in state["layers"].items()]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return Contents(kind, weights, layers, [], masks, schedule=Schedule(**state["schedule"]), phase=state["phase"])
+    said = _said(checkpoint)
+    return Contents(
+        kind,
+        weights,
+        layers,
+        off_grid=[name for name in said["left_out"] if name in weights] if said else None,
+        masks=masks,
+        schedule=Schedule(**state["schedule"]),
+        phase=state["phase"],
+        metadata=said,
+    )
+
+
+def _said(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its network as a whole; empty where it is an older one, or says something else."""
+    said = checkpoint.get("inq")
+    left_out = said.get("left_out") if isinstance(said, dict) else None
+    if not isinstance(said, dict) or not isinstance(left_out, dict):
+        return {}
+    return said if all(isinstance(text, str) for pair in left_out.items() for text in pair) else {}
 
 
 def _layer(name: str, state: Mapping[str, Any]) -> Layer:

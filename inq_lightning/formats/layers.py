@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from inq_lightning.core.layer import Layer, named_weights, plain_name
-from inq_lightning.core.selection import select_parameters
-from inq_lightning.formats.tensors import FLOATS
+from inq_lightning.core.matrices import find_matrices
+from inq_lightning.formats.tensors import FLOATS, place
 from inq_lightning.grid import Grid, PowerOfTwoGrid, fit_grid
 from inq_lightning.grid.recognize import holds
 
@@ -19,8 +19,8 @@ def find_grids(model: nn.Module, layers: Iterable[Layer] | None = None, allow_pa
     Args:
         model: The network.
         layers: `INQCallback.layers`, the record of what was quantized. Left out, the weights tell by themselves: what
-            :func:`~inq_lightning.core.selection.select_parameters` selects gets the grid of fewest bits that holds it,
-            embeddings included where they are on one.
+            :func:`~inq_lightning.core.selection.select_parameters` selects by default gets the grid of fewest bits that
+            holds it; embeddings and parameters of layers of your own do where they are on one.
         allow_partial: Whether to leave out parameters that are not on a grid, rather than refuse the network.
 
     Returns:
@@ -78,8 +78,10 @@ def check_complete(grids: Mapping[str, Grid | None], allow_partial: bool = False
     """Refuse a network that is not fully quantized, unless ``allow_partial``.
 
     Raises:
-        ValueError: A parameter has no grid; the message names it.
+        ValueError: A parameter has no grid; the message names it. Or there is none at all.
     """
+    if not grids:
+        raise ValueError("no weight to quantize: the network has no matrix of weights that is on a grid")
     off = [name for name, grid in grids.items() if grid is None]
     if off and not allow_partial:
         raise ValueError(
@@ -89,16 +91,29 @@ def check_complete(grids: Mapping[str, Grid | None], allow_partial: bool = False
         )
 
 
+def off_grid(source: nn.Module | Mapping[str, Tensor], grids: Mapping[str, Grid | None]) -> list[str]:
+    """Names of the network's matrices of weights that are on no grid; of a tied one, the first.
+
+    Args:
+        source: The network, or the tensors of its state_dict under plain names: there, all of two dimensions or more.
+        grids: What :func:`candidate_grids` returns.
+    """
+    if isinstance(source, nn.Module):
+        return [m.name for m in find_matrices(source) if m.counts and not any(grids.get(name) for name in m.names)]
+    seen = {place(name, source[name]) for name, grid in grids.items() if grid is not None and name in source}
+    names = []
+    for name, tensor in source.items():
+        if tensor.dtype in FLOATS and tensor.dim() > 1 and (where := place(name, tensor)) not in seen:
+            seen.add(where)
+            names.append(name)
+    return names
+
+
 def _selected(model: nn.Module) -> tuple[set[str], set[str]]:
-    """Names of the weights that INQ quantizes by default, and of those that it does when asked."""
-
-    def names(embeddings: bool) -> set[str]:
-        # A frozen backbone is as quantized as the rest; what another method has made integers is no weight of ours.
-        selected = select_parameters(model, embeddings=embeddings, trainable_only=False)
-        return {s.name for s in selected if s.parameter.is_floating_point()}
-
-    required = names(embeddings=False)
-    return required, names(embeddings=True) - required
+    """Names of the weights that INQ quantizes by default, trained or not, and of those that it does when asked."""
+    matrices = [m for m in find_matrices(model) if m.counts and (m.computes is None or m.pruning_mask is not None)]
+    required = {m.name for m in matrices if m.kind == "layer"}
+    return required, {m.name for m in matrices} - required
 
 
 def _looks_like_weights(name: str, tensor: Tensor) -> bool:

@@ -36,7 +36,7 @@ from inq_lightning.core.schedule import Schedule
 from inq_lightning.core.size import bytes_at
 from inq_lightning.formats.codec import pack, pack_entropy, unpack, unpack_entropy
 from inq_lightning.formats.contents import Contents
-from inq_lightning.formats.layers import candidate_grids, check_complete
+from inq_lightning.formats.layers import candidate_grids, check_complete, off_grid
 from inq_lightning.formats.tensors import (
     DTYPES,
     FLOATS,
@@ -74,7 +74,7 @@ class Saved(NamedTuple):
         weights: Number of quantized weights.
         bits_per_weight: Codes, exponents and metadata, in bits a quantized weight; nan without any.
         float_error: The largest absolute difference that ``float_dtype`` has made to any other tensor.
-        off_grid: Names of the weights that are on no grid.
+        off_grid: Names of the network's matrices of weights that are on no grid.
     """
 
     bytes_before: int
@@ -143,7 +143,7 @@ def save_packed(
         "layers": coded,
         "aliases": aliases,
         "narrowed": narrowed,
-        "off_grid": [name for name, grid in grids.items() if grid is None],
+        "off_grid": off_grid(source if isinstance(source, nn.Module) else state, grids),
         "schedule": None if schedule is None else asdict(schedule),
         "libraries": {
             "inq-lightning": __version__,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from inq_lightning.core.coverage import group_names
 from inq_lightning.formats import accelerator, checkpoint, onnx, packed
 from inq_lightning.formats.contents import Contents
 from inq_lightning.formats.tensors import dtype_name, read_head
@@ -49,7 +50,7 @@ def _write_packed(source: nn.Module | Mapping[str, Tensor], path: Path, **option
     if narrow is not None:
         lines.append(f"largest error of other tensors in {dtype_name(narrow)}: {saved.float_error:.3g}")
     if saved.off_grid:
-        lines.append(f"not quantized: {', '.join(saved.off_grid)}")
+        lines.append(f"not quantized: {', '.join(group_names(saved.off_grid))}")
     return lines
 
 

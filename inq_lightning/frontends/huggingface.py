@@ -61,7 +61,7 @@ class INQTrainerCallback(
                 "INQTrainerCallback needs the whole weights in every process, which FSDP, DeepSpeed and tensor "
                 "parallelism split; use one device or DDP, or FSDP2 with Lightning's ModelParallelStrategy"
             )
-        saved = state.stateful_callbacks.get(type(self).__name__)
+        saved = state.stateful_callbacks.setdefault(type(self).__name__)  # missing from a checkpoint without INQ
         if isinstance(saved, list):
             raise ValueError("a Trainer takes one INQTrainerCallback; give layers different widths with layer_bits")
         if self.inq is not None:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from inq_lightning.core.coverage import Coverage
 from inq_lightning.core.layer import Layer
 from inq_lightning.core.options import Options
 from inq_lightning.core.plan import Plan
@@ -113,6 +114,11 @@ class INQ:
     def layers(self) -> list[Layer]:
         """One record for each selected parameter, in the module's order; empty before INQ has begun."""
         return self.quantizer.layers
+
+    @property
+    def coverage(self) -> Coverage:
+        """How much of the model is quantized, and what is left out and why; nothing before INQ has begun."""
+        return self.quantizer.coverage
 
     def frozen_mask(self, name: str) -> Tensor:
         """Which weights of a parameter are frozen: bool in its shape, see :meth:`INQCallback.frozen_mask`."""

@@ -37,7 +37,7 @@ def command() -> None:
     main()
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+@hydra.main(version_base="1.3", config_path="pkg://inq_lightning.conf", config_name="train")
 def main(cfg: DictConfig) -> None:
     """Run the configured experiment."""
     console = prepare(cfg)
@@ -60,7 +60,8 @@ def train(cfg: DictConfig, console: Any) -> None:
     if start.stage == "pretrain":
         start = pretrain(cfg, start, data, inq, carried)
     trainer, module = quantize(cfg, start, data, inq, carried)
-    report = Report.of(module, inq.layers, carried.metrics, test(trainer, module, data), carried.seconds)
+    after = test(trainer, module, data)
+    report = Report.of(module, inq.layers, carried.metrics, after, carried.seconds, inq.coverage)
 
     folder = Path(cfg.output_dir)
     trainer.save_checkpoint(folder / "quantized.ckpt", weights_only=False)

@@ -16,10 +16,10 @@ from inq_lightning.core.layer import Layer
 from inq_lightning.core.schedule import Schedule
 from inq_lightning.core.size import bytes_at, signal_and_noise, snr_db
 from inq_lightning.formats.contents import Contents
-from inq_lightning.formats.layers import candidate_grids
+from inq_lightning.formats.layers import off_grid
 from inq_lightning.formats.registry import read_file
 from inq_lightning.formats.tensors import memory, place
-from inq_lightning.grid import Grid, PowerOfTwoGrid
+from inq_lightning.grid import Grid, PowerOfTwoGrid, fit_grid
 from inq_lightning.report.plots import Exponents, exponent_heatmap
 
 if TYPE_CHECKING:
@@ -63,8 +63,10 @@ class Inspection:
         kind: ``"checkpoint"`` (of Lightning), ``"state_dict"``, ``"packed"``, ``"onnx"``, ``"mxfp4"``, ``"mxfp6"``,
             ``"fp8"`` or ``"int8"``.
         file_bytes: Size of the file itself.
-        layers: The weights that INQ is about, in the file's order.
-        other_bytes: Size of all other tensors: biases, norms, buffers, what was left out of the quantization.
+        layers: The network's matrices of weights, in the file's order, those included that are not quantized. Where the
+            file does not tell which they are, all tensors of two dimensions or more.
+        other_bytes: Size of all other tensors: biases, norms, buffers.
+        reasons: Why weights are not quantized, by name, where the file tells.
         schedule: Portions, starts and unit of the run; None where the file does not tell.
         phase: How many portions had begun; None where the file does not tell.
     """
@@ -73,18 +75,24 @@ class Inspection:
     file_bytes: int
     layers: tuple[InspectedLayer, ...]
     other_bytes: int
+    reasons: Mapping[str, str] = field(default_factory=dict)
     schedule: Schedule | None = None
     phase: int | None = None
 
     @property
     def fully_quantized(self) -> bool:
-        """Whether every weight of every layer is on its grid."""
+        """Whether every weight of every matrix of the network is on its grid."""
         return bool(self.layers) and all(layer.frozen == layer.numel for layer in self.layers)
 
     @property
     def quantized_fraction(self) -> float:
         """Share of the layers' weights that are on their grids, 0 to 1."""
         return sum(layer.frozen for layer in self.layers) / max(1, sum(layer.numel for layer in self.layers))
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """The matrices that are not quantized, by name, with the reason; empty where the file does not tell it."""
+        return {layer.name: self.reasons.get(layer.name, "") for layer in self.layers if layer.bits is None}
 
     @property
     def bytes_before(self) -> int:
@@ -98,9 +106,10 @@ class Inspection:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
-        derived = ("fully_quantized", "quantized_fraction", "bytes_before", "bytes_after")
-        layers = {"layers": [layer.as_dict() for layer in self.layers]}
-        return asdict(self) | layers | {name: getattr(self, name) for name in derived}
+        derived = ("fully_quantized", "quantized_fraction", "left_out", "bytes_before", "bytes_after")
+        values = asdict(self) | {"layers": [layer.as_dict() for layer in self.layers]}
+        del values["reasons"]  # left_out has them
+        return values | {name: getattr(self, name) for name in derived}
 
     def figure(self) -> Figure:
         """A heat map: a row for each quantized layer, a column for each exponent.
@@ -124,8 +133,7 @@ def inspect_file(path: str | Path, reference: str | Path | None = None) -> Inspe
 
     What it is, its content tells, not its name. Nothing in it is executed. Only a checkpoint with the state of
     `INQCallback` and files of `inq-export` say which weights were quantized, at how many bits; elsewhere the weights
-    tell by themselves, see :func:`~inq_lightning.formats.layers.candidate_grids`, and the bits are the fewest whose
-    grid holds them.
+    tell by themselves: all of two dimensions or more count, and the bits are the fewest whose grid holds them.
 
     Args:
         path: The file.
@@ -148,18 +156,27 @@ def inspect_file(path: str | Path, reference: str | Path | None = None) -> Inspe
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return Inspection(contents.kind, Path(path).stat().st_size, layers, other, contents.schedule, contents.phase)
+    return Inspection(
+        kind=contents.kind,
+        file_bytes=Path(path).stat().st_size,
+        layers=layers,
+        other_bytes=other,
+        reasons=contents.metadata.get("left_out", {}),
+        schedule=contents.schedule,
+        phase=contents.phase,
+    )
 
 
 def _grids(contents: Contents) -> dict[str, Grid | None]:
-    """The grids that the file tells, and, where it does not tell all, those that the other weights tell."""
+    """The grids that the file tells, and, where it does not tell all, those that the other matrices tell."""
     # A layer of which nothing is frozen yet has a width, but no exponents.
     told: dict[str, Grid | None] = {
         layer.name: layer.grid or PowerOfTwoGrid(None, layer.bits) for layer in contents.layers or ()
     }
     if contents.off_grid is not None:
         return told | dict.fromkeys(contents.off_grid)
-    return told | candidate_grids({name: x for name, x in contents.state_dict.items() if name not in told})
+    others = off_grid(contents.state_dict, told)
+    return told | {name: fit_grid(contents.state_dict[name]) for name in others if name not in told}
 
 
 def inspect_layer(

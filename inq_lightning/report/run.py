@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from inq_lightning._common import atomic
+from inq_lightning.core.coverage import Coverage
 from inq_lightning.core.layer import Layer, plain_name
 from inq_lightning.core.size import size_of
 
@@ -32,6 +33,8 @@ class Report:
         bytes_after: The same with every quantized parameter at its bits a weight.
         bits_per_weight: ``bytes_after`` as bits, over all parameters' weights.
         seconds: Wall time of pre-training and quantization, tests included.
+        coverage: How much of the network's matrices that is, and why the others are not quantized; None where nobody
+            has said it.
     """
 
     before: dict[str, float]
@@ -44,6 +47,7 @@ class Report:
     bytes_after: int
     bits_per_weight: float
     seconds: float
+    coverage: Coverage | None = None
 
     @classmethod
     def of(
@@ -53,6 +57,7 @@ class Report:
         before: Mapping[str, float],
         after: Mapping[str, float],
         seconds: float,
+        coverage: Coverage | None = None,
     ) -> Report:
         """Gather what the module and the records of its layers tell.
 
@@ -62,6 +67,7 @@ class Report:
             before: Test metrics of the full-precision network.
             after: Test metrics of the quantized network.
             seconds: Wall time.
+            coverage: `INQCallback.coverage`.
         """
         layers = list(layers)
         widths = {layer.name: layer.bits for layer in layers}
@@ -83,6 +89,7 @@ class Report:
             bytes_after=size.bytes,
             bits_per_weight=size.bits / size.weights,
             seconds=seconds,
+            coverage=coverage,
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from inq_lightning._common import LazyExtra
+from inq_lightning.core.coverage import Coverage, group_names
 from inq_lightning.core.plan import Plan
 from inq_lightning.report.inspection import Inspection
 from inq_lightning.report.run import Report
@@ -39,15 +40,12 @@ def plan_table(plan: Plan) -> Group:
         phases.add_row(str(number), start, f"{phase.portion:g}", *counts)
         before = phase.frozen
 
-    # Biases and norms go without saying; a whole matrix or kernel that stays is worth its name.
-    large = [markup.escape(tensor.name) for tensor in plan.floating if len(tensor.shape) > 1]
     size = tables.Table(title="Size of all parameters", show_header=False)
     size.add_column("")
     size.add_column("", justify="right", overflow="fold")
     size.add_row("weights to quantize", f"{sum(layer.numel for layer in plan.layers):,}")
     size.add_row("in floating point", f"{sum(math.prod(tensor.shape) for tensor in plan.floating):,}")
-    if large:
-        size.add_row("among these", ", ".join(large))
+    _add_coverage(size, plan.coverage)
     size.add_row("bytes before", f"{plan.bytes_before:,}")
     size.add_row("bytes after", f"{plan.bytes_after:,}")
     group: Group = rich.Group(layers, phases, size)
@@ -90,6 +88,9 @@ def inspection_table(inspection: Inspection) -> Group:
             summary.add_row("phase", f"{inspection.phase} of {len(inspection.schedule.portions)}")
     summary.add_row("quantized fraction", f"{inspection.quantized_fraction:.6g}")
     summary.add_row("fully quantized", "yes" if inspection.fully_quantized else "no")
+    for reason in dict.fromkeys(inspection.left_out.values()):
+        names = group_names(name for name, why in inspection.left_out.items() if why == reason)
+        summary.add_row(f"not quantized{reason and f' ({reason})'}", markup.escape(", ".join(names)))
     summary.add_row("all tensors", f"{inspection.bytes_before:,} bytes before, {inspection.bytes_after:,} after")
     summary.add_row("file", f"{inspection.file_bytes:,} bytes")
     group: Group = rich.Group(layers, "", summary)
@@ -106,11 +107,22 @@ def report_table(report: Report) -> Table:
         table.add_row(markup.escape(metric), _text(before, ".4f"), _text(after, ".4f"))
     table.add_row("quantized fraction", "0", f"{report.quantized_fraction:.6g}")
     table.add_row("bits of a quantized weight", "", _list(report.bits))
+    if report.coverage is not None:
+        _add_coverage(table, report.coverage)
     table.add_row("levels in use", "", f"{report.levels_used} of {report.levels_allowed}")
     table.add_row("size of all parameters", _kibibytes(report.bytes_before), _kibibytes(report.bytes_after))
     table.add_row("bits a parameter", "", f"{report.bits_per_weight:.2f}")
     table.add_row("time", "", f"{report.seconds:.1f} s")
     return table
+
+
+def _add_coverage(table: Table, coverage: Coverage) -> None:
+    """Add how much of the network is quantized, and in a row for each reason what is not."""
+    last = len(table.columns) - 2
+    counts = f"{coverage.selected:,} of {coverage.total:,} ({coverage.share:.1%})"
+    table.add_row("quantized matrix weights", *[""] * last, counts)
+    for line in coverage.lines():
+        table.add_row("not quantized", *[""] * last, markup.escape(line))
 
 
 def _numbers(table: Table, *columns: str) -> None:

@@ -9,18 +9,19 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from inq_lightning._common import one_of
 from inq_lightning.core.coverage import Coverage
 from inq_lightning.core.layer import Layer
 from inq_lightning.core.options import Options, takes_options
 from inq_lightning.core.plan import Plan
 from inq_lightning.core.quantizer import Quantizer
-from inq_lightning.core.schedule import Length, Unit
+from inq_lightning.core.schedule import Length
 from inq_lightning.core.selection import Selection
 from inq_lightning.frontends.lightning import clock, guards, record
-from inq_lightning.frontends.lightning.base import Callback, callbacks_of
+from inq_lightning.frontends.lightning.base import Callback
 from inq_lightning.frontends.lightning.drift import DriftWatch
 from inq_lightning.frontends.lightning.stopping import EarlyStoppingHold, forget_best
+
+_STOPPED = "was told to stop (trainer.should_stop), by a Timer, max_time or other code"
 
 
 class INQCallback(Callback):
@@ -131,7 +132,8 @@ class INQCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Select the weights, take up a checkpoint's state, and refuse a run that cannot reach portion 1."""
         self._begin(trainer, pl_module)
-        (rank_zero_warn if self.coverage.overlooked else rank_zero_info)(str(self.coverage))
+        if not self.coverage.overlooked:  # otherwise the engine has said it in a warning
+            rank_zero_info(str(self.coverage))
         self._fit_rates(trainer)
         guards.check_averaging(trainer, self.quantizer.timetable, self.quantizer.origin)
         if not self.quantizer.complete:
@@ -144,8 +146,8 @@ class INQCallback(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise the quantized portion to where the schedule says, and log it."""
+        self._drift.before_epoch(pl_module)
         self.quantizer.attach(pl_module)
-        self._drift.expect()
         self._advance(trainer, pl_module, 0)
         if self.quantizer.timetable.unit == "epoch":
             self._log_state(pl_module, on_step=False, on_epoch=True, sync_dist=True)
@@ -153,7 +155,7 @@ class INQCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Raise the portion if its step has come, or if a resumed run has missed the epoch's start."""
         batch_idx = trainer.fit_loop.batch_idx  # with training_step(dataloader_iter) the argument is the last batch's
-        self._drift.before_batch(pl_module)
+        self._drift.before_batch(pl_module, trainer.is_last_batch)
         if batch_idx == 0:  # a finetuning callback further down the list has had its turn now
             self.quantizer.attach(pl_module)
         self._advance(trainer, pl_module, batch_idx)
@@ -187,11 +189,11 @@ class INQCallback(Callback):
         self._drift.look(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put frozen weights to their values, and see whether they are there."""
+        """Evaluate with frozen weights at their values, where something is known to move them."""
         self._drift.before_evaluation(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put back frozen weights of layers that move them in their forward pass."""
+        """Put back frozen weights of layers that move them in their forward pass, before a checkpoint is written."""
         self._drift.after_evaluation(pl_module)
 
     on_test_start = on_predict_start = on_validation_start
@@ -209,10 +211,10 @@ class INQCallback(Callback):
         self._release()
         self._drift.finish(trainer)
         if self.layers and self.quantized_fraction < 1:
-            stopped = "; it was told to stop (trainer.should_stop), by a Timer, max_time or other code"
+            reason = f"; it {_STOPPED}" if trainer.should_stop else ""
             rank_zero_warn(
-                f"training ended with {self.quantized_fraction:.1%} of the selected weights quantized"
-                f"{stopped if trainer.should_stop else ''}; resume it from a checkpoint to finish the schedule"
+                f"training ended with {self.quantized_fraction:.1%} of the selected weights quantized{reason}; resume "
+                "it from a checkpoint to finish the schedule"
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -226,15 +228,15 @@ class INQCallback(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say in the checkpoint, under ``inq``, how much of its network is quantized; see :meth:`write_record`."""
-        self.write_record(checkpoint)
+        self.write_record(trainer, checkpoint)
 
-    def write_record(self, checkpoint: dict[str, Any]) -> None:
+    def write_record(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         """Say in a checkpoint, under ``inq``, how much of the network in its ``state_dict`` is quantized.
 
         See :func:`inq_lightning.frontends.lightning.record.of`.
         """
         if self.layers:
-            moved = self._drift.before_save(checkpoint["state_dict"])
+            moved = self._drift.before_save(trainer.lightning_module, checkpoint["state_dict"], trainer.training)
             checkpoint["inq"] = record.of(self.quantizer, moved)
 
     @property
@@ -294,44 +296,17 @@ class INQCallback(Callback):
         elif self._finished is not None and self._finished.describes(pl_module):
             self._start_with(self._finished)
         else:
-            rank_zero_warn(
-                "nothing was trained, so INQCallback has quantized nothing: the Trainer had no batch to run, with "
-                f"limit_train_batches={trainer.limit_train_batches}, max_epochs={trainer.max_epochs}, "
-                f"max_steps={trainer.max_steps} and the data that it was given"
+            reason = (
+                f"{_STOPPED} before the first batch"
+                if trainer.should_stop
+                else (
+                    f"had no batch to run, with limit_train_batches={trainer.limit_train_batches}, "
+                    f"max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps} and the data that it was given"
+                )
             )
+            rank_zero_warn(f"nothing was trained, so INQCallback has quantized nothing: the Trainer {reason}")
 
     def _log_state(self, pl_module: LightningModule, **when: Any) -> None:
         for name, value in self.quantizer.metrics().items():
             bar = when["on_step"] and name == "inq/quantized_fraction"
             pl_module.log(name, value, prog_bar=bar, batch_size=1, **when)
-
-
-def phase_length(trainer: Trainer, unit: Unit = "step") -> int:
-    """How long a learning-rate schedule should last that begins anew with each phase, for ``configure_optimizers``.
-
-    Where phases differ it is the longest one: in the others the whole schedule is run in less time. Where nothing
-    begins anew, without an INQCallback or with ``restart_lr=False``, it is the whole run.
-
-    Args:
-        trainer: The module's Trainer.
-        unit: ``"step"`` for optimizer steps (batches under manual optimization), or ``"epoch"``.
-
-    Raises:
-        ValueError: Nothing says how long the run is, or see :meth:`~inq_lightning.Schedule.fit`.
-    """
-    one_of("unit", unit, Unit)
-    trainer.fit_loop.setup_data()
-    run, batches = clock.length(trainer), clock.parts(trainer)
-    phases = [
-        c.options.phases.fit(run) for c in callbacks_of(trainer) if isinstance(c, INQCallback) and c.options.restart_lr
-    ]
-    counted = phases[0].unit if phases else "epoch" if math.isfinite(run.epochs) else "step"
-    longest = max(phases[0].phase_lengths(run)[1:]) if phases else run.end(counted)
-    if not math.isfinite(longest) or (counted != unit and not math.isfinite(trainer.num_training_batches)):
-        raise ValueError(
-            f"nothing says how many {unit}s a phase of this run has: set the Trainer's max_epochs or max_steps, or "
-            "limit_train_batches where the data have no length"
-        )
-    if counted != unit:
-        longest = longest * batches if unit == "step" else longest / batches
-    return max(1, math.ceil(longest))

@@ -39,9 +39,9 @@ class DriftWatch:
     """Looks for frozen weights that have moved, where a look costs little, and holds those that move again and again.
 
     A look compares all frozen weights with their values, which takes about as long as two optimizer steps. There is one
-    before and one within the first two batches of each epoch, of each phase and after a validation, one within the last
-    batch of an epoch, one before a validation and one at the end of an epoch. Once weights have been found to move, all
-    are put back before every batch.
+    at the beginning and one at the end of each epoch; and one before and one within the first two batches of an epoch
+    or phase and after a validation, and the last batch of an epoch. Once weights have been found to move, all are put
+    back before every batch and every validation too.
 
     Attributes:
         found: Names of the parameters of which frozen weights have moved.
@@ -64,16 +64,21 @@ class DriftWatch:
         """Look at the next two batches: the weights, or what is frozen of them, may be others than before."""
         self._batches = 2
 
-    def before_batch(self, module: LightningModule) -> None:
-        """Put back what has moved since the last step."""
-        if self._batches:
-            self._batches -= 1
+    def before_epoch(self, module: LightningModule) -> None:
+        """Put back what has moved since the last epoch, and look at the first batches."""
+        self.look(module)
+        self.expect()
+
+    def before_batch(self, module: LightningModule, last: bool) -> None:
+        """Put back what has moved since the last step; ``last``: whether it is the epoch's last batch."""
+        if self._batches or last:
+            self._batches = max(self._batches - 1, 0)
             self.look(module)
         elif self.found:
             self._restore(module)
 
     def after_backward(self, module: LightningModule, last: bool) -> None:
-        """Find weights that the forward pass moves; ``last``: whether it is the epoch's last batch."""
+        """Find weights that the forward pass moves."""
         if self._batches or last:
             self.look(module, _IN_FORWARD)
 
@@ -89,26 +94,31 @@ class DriftWatch:
             rank_zero_warn(message.format(weights=self._quantizer.listing(new)))
 
     def before_evaluation(self, module: LightningModule) -> None:
-        """Put frozen weights to their values; outside training only see whether they are there."""
-        if self._fitting:
-            self.look(module)
-        self._in_place = self._fitting or not self._quantizer.moved()
+        """Put back weights that are known to move.
+
+        Others may have been swapped for the evaluation. After training they are the user's: see only whether they are
+        in place.
+        """
+        if self._fitting and self.found:
+            self._restore(module)
+        self._in_place = bool(self.found) and (self._fitting or not self._quantizer.moved())
 
     def after_evaluation(self, module: LightningModule) -> None:
-        """Put back what the forward pass has moved; other weights may have been swapped, and will be swapped back."""
-        if self.found and self._in_place:
+        """Put back what the forward pass has moved."""
+        if self._in_place:
             self._restore(module)
         self.expect()
 
-    def before_save(self, saved: Mapping[str, Tensor]) -> dict[str, int]:
+    def before_save(self, module: LightningModule, saved: Mapping[str, Tensor], training: bool) -> dict[str, int]:
         """How many frozen weights have other values in a ``state_dict`` that is about to be saved, by parameter.
 
-        Those that are held are put back in it too.
+        They are put back, in it too, where they have moved in training. In an evaluation they may have been swapped for
+        a while, by code that counts on finding them again.
         """
         moved = self._quantizer.moved(saved)
-        if self._fitting and moved.keys() & self.found and not self._quantizer.sharded:
-            self._quantizer.restore()  # the state_dict holds the same memory
-            moved = self._quantizer.moved(saved)
+        if moved and self._fitting and (training or self.found) and not self._quantizer.sharded:
+            self.look(module)
+            moved = self._quantizer.moved(saved)  # it holds the same memory, unless somebody has replaced it
         if moved.keys() - self._said:
             self._said |= moved.keys()
             rank_zero_warn(_SAVED.format(weights=self._quantizer.listing(moved)))

@@ -60,7 +60,7 @@ class RecordingIO(CheckpointIO):
         """Write the file, with the record in it; only the first process comes here."""
         for callback in callbacks_named(self._trainer, "INQCallback"):
             if "state_dict" in checkpoint and not callback.quantizer.sharded:
-                callback.write_record(checkpoint)
+                callback.write_record(self._trainer, checkpoint)
         self._io.save_checkpoint(checkpoint, path, storage_options=storage_options)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:

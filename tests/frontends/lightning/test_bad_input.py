@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -18,8 +18,9 @@ import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
-from support import SCHEDULE, TinyModule, assert_quantized, assert_same_state, same_bits, trainer
+from support import SCHEDULE, TinyModule, assert_quantized, assert_same_state, loader, same_bits, trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from inq_lightning import INQCallback, Schedule
 
@@ -405,3 +406,71 @@ def test_frozen_weights_survive_a_loss_of_nan() -> None:
         trainer(inq, look).fit(Diverging())
     assert look.good
     assert look.bad
+
+
+# ---- runs of a length that nobody knows ------------------------------------------------------------------------------
+
+
+class Stream(IterableDataset[Any]):
+    """Four batches, which it does not tell."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(loader(32).dataset)
+
+
+class Streamed(TinyModule):
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Stream(), batch_size=8)
+
+
+class Manual(TinyModule):
+    automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+IN_STEPS = Schedule([0.5, 1.0], [0, 9], "step")
+
+
+@pytest.mark.parametrize("kind", [Streamed, Manual])
+@pytest.mark.parametrize(
+    ("schedule", "options", "message"),
+    [
+        (None, {"max_epochs": 4, "max_steps": 8}, r"at epoch 3 .* max_steps=8 may end the run before: .*max_steps=-1"),
+        ({0: 0.5, 3: 1.0}, {"max_epochs": 4, "max_steps": 8}, "at epoch 3 .* max_steps=8"),
+        ({0: 0.5, 3: 1.0}, {"max_epochs": -1, "max_steps": 8}, "at epoch 3 .* max_steps=8 .* in steps"),
+        (IN_STEPS, {"max_epochs": 4, "max_steps": 20}, r"at step 9 .* max_epochs=4 .*max_epochs=-1"),
+        (IN_STEPS, {"max_epochs": 4}, "at step 9 .* max_epochs=4"),
+    ],
+)
+def test_a_run_that_may_end_before_portion_1_for_all_that_is_known_is_refused(
+    kind: type[TinyModule], schedule: Any, options: dict[str, int], message: str
+) -> None:
+    module = kind()
+    before = module.net[0].weight.detach().clone()
+    with pytest.raises(ValueError, match=message):
+        trainer(INQCallback(schedule=schedule), **options).fit(module)
+    assert torch.equal(module.net[0].weight, before)
+
+
+@pytest.mark.parametrize("kind", [Streamed, Manual])
+@pytest.mark.parametrize(
+    ("schedule", "options"),
+    [
+        (None, {"max_epochs": 4}),
+        (None, {"max_epochs": -1, "max_steps": 16}),
+        ({0: 1.0}, {"max_epochs": 4, "max_steps": 8}),
+        (IN_STEPS, {"max_epochs": -1, "max_steps": 16}),
+        (Schedule([0.5, 1.0], [0, 3], "step"), {"max_epochs": 4}),  # an epoch has one step at least
+    ],
+)
+def test_a_run_that_reaches_portion_1_for_certain_is_not(
+    kind: type[TinyModule], schedule: Any, options: dict[str, int]
+) -> None:
+    module, callback = kind(), INQCallback(schedule=schedule)
+    trainer(callback, **options).fit(module)
+    assert_quantized(module, callback)

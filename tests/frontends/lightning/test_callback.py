@@ -346,14 +346,14 @@ def test_step_schedules_are_logged_by_step(tmp_path: Path) -> None:
 # ---- the end ---------------------------------------------------------------------------------------------------------
 
 
-def test_weights_moved_behind_the_callbacks_back_fail_loudly() -> None:
+def test_weights_moved_behind_the_callbacks_back_fail_loudly(tmp_path: Path) -> None:
     class Meddler(Callback):
         def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
             with torch.no_grad():
                 pl_module.net[0].weight[0, 0] += 0.01
 
     with pytest.raises(RuntimeError, match=r"net\.0\.weight: 1 of 112 frozen weights"):
-        fit(TinyModule(), INQCallback(schedule=SCHEDULE), Meddler())
+        fit(TinyModule(), INQCallback(schedule=SCHEDULE), Meddler(), default_root_dir=tmp_path)
 
 
 def test_ending_early_is_said() -> None:
@@ -428,3 +428,29 @@ def test_weights_of_any_trainer_test_without_the_callback(tmp_path: Path) -> Non
     trainer(limit_test_batches=1).test(plain, ckpt_path=tmp_path / "c.ckpt", verbose=False)
     for name, w in weights(module, callback).items():
         assert same_bits(w, dict(plain.named_parameters())[name].detach())
+
+
+# ---- batches that the module takes itself ----------------------------------------------------------------------------
+
+
+class TakesTheIterator(TinyModule):
+    def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
+        batch, _, _ = next(dataloader_iter)
+        return self.loss(batch)
+
+
+@pytest.mark.parametrize("schedule", [SCHEDULE, Schedule([0.25, 0.5, 1.0], [1, 5, 6], "step")])
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_a_training_step_that_takes_the_iterator_trains_as_one_that_takes_batches(
+    schedule: Any, per_layer: bool, tmp_path: Path
+) -> None:
+    def rates(optimizer: optim.Optimizer) -> Any:
+        return lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=16)
+
+    plain, module = TinyModule(scheduler=rates), TakesTheIterator(scheduler=rates)
+    fit(plain, INQCallback(schedule=schedule))
+    callback = INQCallback(schedule=schedule, log_per_layer=per_layer)
+    fit(module, callback, logger=CSVLogger(tmp_path, name="", version=""), log_every_n_steps=1)
+    assert_quantized(module, callback)
+    assert same_bits(plain.net[0].weight.detach(), module.net[0].weight.detach())
+    assert logged(tmp_path, "inq/quantized_fraction")[-1] == 1.0
