@@ -63,6 +63,7 @@ class Quantizer:
         self._rates: LearningRates | None = None
         self._rates_state: dict[str, Any] | None = None  # a checkpoint's, and what is left of them after release
         self._lengths: list[float] = []  # of the time before the first phase and of each phase
+        self._rates_begin = 0  # where the first of them begins
         self._optimizer_state: OptimizerState | None = None
         self._hooks: StepHooks | None = None
 
@@ -157,6 +158,8 @@ class Quantizer:
             ValueError: An optimizer moves weights where frozen ones cannot be held.
         """
         check_optimizers(optimizers)
+        if self._rates is not None:
+            self._rates.release()
         self._optimizers = optimizers
         self._rates = LearningRates(optimizers, schedulers) if self.options.restart_lr else None
         self._optimizer_state = OptimizerState(optimizers) if self.options.reset_optimizer else None
@@ -221,23 +224,31 @@ class Quantizer:
         self.phase, self.origin, self._loaded = loaded["phase"], loaded["origin"], None
         self._rates_state = loaded["rates"]
 
-    def fit_rates(self, length: Length, steps: Mapping[int, Mapping[str, float]], gradual: bool = True) -> list[Fit]:
+    def fit_rates(
+        self,
+        length: Length,
+        steps: Mapping[int, Mapping[str, float]],
+        begin: int = 0,
+        obstacle: str | None = None,
+    ) -> list[Fit]:
         """Let each phase have a whole learning-rate schedule, see :class:`~inq_lightning.core.rates.LearningRates`.
 
         Args:
             length: How long the run is, from its very start.
             steps: By the id of a scheduler, how many epochs or steps of the run it counts.
-            gradual: Whether it is known how many optimizer steps the phases have.
+            begin: The epoch or step at which the schedulers stand as they were configured.
+            obstacle: What keeps :meth:`follow_rates` from being called before each optimizer step, if anything.
 
         Returns:
             What is done about each scheduler.
         """
-        self._lengths = self.timetable.phase_lengths(length, self.origin)
+        before, *phases = self.timetable.phase_lengths(length, self.origin)
+        self._lengths, self._rates_begin = [max(before - begin, 0), *phases], begin
         if self._rates is None or length.trial or len([phase for phase in self._lengths if phase]) == 1:
             return []
         if self._rates_state is not None:
             self._rates.load_state_dict(self._rates_state)
-        return self._rates.fit(steps, self._lengths, gradual)
+        return self._rates.fit(steps, self._lengths, obstacle)
 
     def advance(self, module: nn.Module, now: int) -> bool:
         """Begin the phase that the timetable asks for at epoch or step ``now``, unless it has begun: in all layers.
@@ -275,8 +286,9 @@ class Quantizer:
             schedulers: The schedulers in use.
         """
         if self._rates is not None and self._lengths:
-            done = now - int(sum(self._lengths[: self.phase]))
-            self._rates.follow(self.phase, done * parts + part, self._lengths[self.phase] * parts, schedulers)
+            done = now - self._rates_begin - int(sum(self._lengths[: self.phase]))
+            total = self._lengths[self.phase] * parts
+            self._rates.follow(self.phase, done * parts + min(part, parts), total, schedulers)
 
     def mask_gradients(self) -> None:
         """Zero the gradients of frozen weights."""

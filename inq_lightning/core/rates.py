@@ -49,7 +49,7 @@ class LearningRates:
         self._saved: Mapping[int, Any] = {}  # a checkpoint's positions
 
     def fit(
-        self, steps: Mapping[int, Mapping[str, float]], lengths: Sequence[float], gradual: bool = True
+        self, steps: Mapping[int, Mapping[str, float]], lengths: Sequence[float], obstacle: str | None = None
     ) -> list[Fit]:
         """Find out what each schedule was made for, and fit it to the phases.
 
@@ -57,14 +57,15 @@ class LearningRates:
             steps: By the id of a scheduler: what it counts, ``"epoch"`` or ``"step"``, and how many of them the whole
                 run has; inf where unknown. Both where it is not known which of them it counts.
             lengths: How long the time before the first phase and each phase are, in any unit; inf where unknown.
-            gradual: Whether it is known how many optimizer steps they have.
+            obstacle: What keeps :meth:`follow` from being called before each optimizer step, if anything.
 
         Returns:
             What is done, for each scheduler that moves a rate.
         """
+        self.release()
         fits = []
         for index, scheduler in enumerate(self._schedulers):
-            fit = self._fit(index, scheduler, steps.get(id(scheduler), {}), lengths, gradual)
+            fit = self._fit(index, scheduler, steps.get(id(scheduler), {}), lengths, obstacle)
             fits += [] if fit is None else [fit]
         return fits
 
@@ -113,7 +114,7 @@ class LearningRates:
         self._restart.load_state_dict(state["groups"])
 
     def _fit(
-        self, index: int, scheduler: Any, steps: Mapping[str, float], lengths: Sequence[float], gradual: bool
+        self, index: int, scheduler: Any, steps: Mapping[str, float], lengths: Sequence[float], obstacle: str | None
     ) -> Fit | None:
         name, phases = self._name(scheduler), f"each of the {len(lengths) - 1} phases"
         if isinstance(scheduler, ReduceLROnPlateau):
@@ -128,11 +129,11 @@ class LearningRates:
             curve = curve[: run + 1]
             own = [max(1, round(run * length / sum(lengths))) if length else 0 for length in lengths]
             spans = fitted(curve, own)
-            if spans != own and not gradual:
-                raise _UnfitError("it lasts longer than a phase, and nothing says how many batches an epoch has")
-        except _UnfitError as obstacle:
+            if spans != own and obstacle:
+                raise _UnfitError(f"it lasts longer than a phase, and {obstacle}")
+        except _UnfitError as error:
             return Fit(
-                f"{name} cannot be fitted to the phases: {obstacle}. As far as it can be put back, it begins anew with "
+                f"{name} cannot be fitted to the phases: {error}. As far as it can be put back, it begins anew with "
                 f"{phases}, at its own pace. Let it last one phase (inq_lightning.phase_length tells how long that "
                 "is), or set restart_lr=False.",
                 fits=False,
@@ -288,9 +289,9 @@ def position(done: int, total: int, steps: int) -> int:
 
 
 def _unit(curve: Sequence[float], steps: Mapping[str, float]) -> str:
-    """What a scheduler counts: the fewer where its schedule is over by then."""
+    """What a scheduler counts: the fewer where its schedule is over by then, or a little later."""
     fewer = min(steps, key=lambda unit: steps[unit])
-    over = is_whole(curve, int(steps[fewer])) or (pace(curve) or math.inf) < steps[fewer]
+    over = is_whole(curve, 2 * int(steps[fewer])) or (pace(curve) or math.inf) < steps[fewer]
     return fewer if over else max(steps, key=lambda unit: steps[unit])
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -19,6 +20,9 @@ from inq_lightning.core.options import Options
 from inq_lightning.core.plan import Plan
 from inq_lightning.core.quantizer import Quantizer, StepHooks
 from inq_lightning.core.schedule import Length, Unit
+
+
+_log = logging.getLogger(__name__)
 
 
 class INQ:
@@ -41,7 +45,9 @@ class INQ:
         model: The module; what DataParallel and DistributedDataParallel have wrapped is found within. Its weights are
             selected when INQ begins, and those that become trainable later when they do.
         optimizer: Its optimizer, or a list of several.
-        schedulers: Their learning-rate schedulers, a list of all: they begin anew at each phase, see ``restart_lr``.
+        schedulers: Their learning-rate schedulers, a list of all: they begin anew at each phase, see ``restart_lr``. One
+            made for the whole loop is run whole in each phase, as long as the loop steps optimizers once a batch, and
+            ``steps_per_epoch`` is given; the loop's own calls of its ``step`` do nothing then.
         epochs: How many epochs the loop has, counted as :meth:`advance` does.
         steps: How many optimizer steps it has, for one that counts in steps.
         steps_per_epoch: How many of them an epoch has.
@@ -80,6 +86,9 @@ class INQ:
         if self.options.restart_lr:
             _check_schedulers(self._optimizers, self._schedulers)
         self._configured = self._settings()
+        self._configured_at = 0  # the epoch or step, known once INQ begins
+        self._now = 0  # where advance() was called last
+        self._stepped = 0  # steps of all optimizers since then
         self.quantizer.configure(self._optimizers, self._schedulers)
         self._steps = StepHooks(self._optimizers, self._after_step)
         if not self._steps.complete:
@@ -156,7 +165,11 @@ class INQ:
                 "optimizer steps, say steps=... or give it unit='step'",
                 stacklevel=2,
             )
-        return self.quantizer.advance(self._model, now)
+        if now != self._now:
+            self._now, self._stepped = now, 0
+        began = self.quantizer.advance(self._model, now)
+        self._follow_rates()
+        return began
 
     def begin(self, position: Callable[[Unit], int]) -> None:
         """Begin, or go on from a loaded state, now rather than at the first :meth:`advance`.
@@ -167,8 +180,12 @@ class INQ:
         Raises:
             ValueError: The loop is too short, or a checkpoint does not fit it; the message says what differs.
         """
+        resumes = self.quantizer.loaded
         self.quantizer.attach(self._model)
         self.quantizer.begin(self._model, self._length, position)
+        if not resumes and self._settings() == self._configured:
+            self._configured_at = self.quantizer.origin
+        self._fit_rates()
         self._began = True
 
     def finish(self) -> None:
@@ -203,7 +220,8 @@ class INQ:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed loop needs beside the states of model, optimizers and schedulers; plain values and masks."""
         self.quantizer.restore()  # an interruption may lie between an update and its hook
-        return {**self.quantizer.state_dict(), "configured": copy.deepcopy(self._configured)}
+        progress = {"configured_at": self._configured_at, "now": self._now, "stepped": self._stepped}
+        return {**self.quantizer.state_dict(), "configured": copy.deepcopy(self._configured), "progress": progress}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a checkpoint's state, in any order with those of model, optimizers and schedulers.
@@ -221,6 +239,8 @@ class INQ:
             self._set(configured)
             self.quantizer.configure(self._optimizers, self._schedulers)
             self._set(now)
+        for name, value in state.pop("progress", {}).items():
+            setattr(self, f"_{name}", value)
         self.quantizer.load_state_dict(state)
 
     # ---- the steps of a run ------------------------------------------------------------------------------------------
@@ -243,6 +263,34 @@ class INQ:
                 "optimizers' states before INQ's where loading them makes a step"
             )
         self.quantizer.restore()
+        if self._began:
+            self._stepped += 1
+            self._follow_rates()
+
+    def _fit_rates(self) -> None:
+        unit = self.quantizer.timetable.unit
+        total = self._length.total(unit)
+        left = (total - self._configured_at) / total if math.isfinite(total) else 1.0
+        steps = {u: round(self._length.total(u) * left) for u in get_args(Unit) if math.isfinite(self._length.total(u))}
+        known = unit == "step" or math.isfinite(self._length.steps_per_epoch)
+        fits = self.quantizer.fit_rates(
+            self._length,
+            {id(scheduler): steps for scheduler in self._schedulers},
+            self._configured_at,
+            None if known else "nothing says how many optimizer steps an epoch has: say steps_per_epoch=...",
+        )
+        for fit in fits:
+            if fit.fits:
+                _log.info("Learning rate: %s", fit.text)
+            else:
+                warnings.warn(f"Learning rate: {fit.text}", stacklevel=4)
+
+    def _follow_rates(self) -> None:
+        done = self._stepped // len(self._optimizers)
+        if self.quantizer.timetable.unit == "step":
+            self.quantizer.follow_rates(self._now + done, 0, 1, self._schedulers)
+        elif math.isfinite(self._length.steps_per_epoch):
+            self.quantizer.follow_rates(self._now, done, int(self._length.steps_per_epoch), self._schedulers)
 
     def _settings(self) -> dict[str, Any]:
         """Where learning rates and schedulers stand, as plain values."""

@@ -310,6 +310,7 @@ def test_where_it_could_be_epochs_or_batches_the_curve_tells() -> None:
     both = {"epoch": 8, "step": RUN}
     for make, unit in (
         (lambda o: s.CosineAnnealingLR(o, 8), "8 epochs"),
+        (lambda o: s.PolynomialLR(o, 9), "8 epochs"),
         (lambda o: s.LambdaLR(o, lambda epoch: 1 - max(0, epoch + 1 - 4) / 5), "8 epochs"),  # below zero after the end
         (lambda o: s.CosineAnnealingLR(o, RUN), "40 steps"),
         (lambda o: s.OneCycleLR(o, 0.1, total_steps=RUN), "40 steps"),
@@ -389,13 +390,13 @@ def test_a_run_of_unknown_length_is_named(steps: dict[str, float], lengths: list
     assert "nothing says how long the run is" in found.text
 
 
-def test_epochs_of_unknown_length_are_named_where_it_matters() -> None:
+def test_what_keeps_schedules_from_being_fitted_is_named_where_it_matters() -> None:
     for make, fits in ((lambda o: s.CosineAnnealingLR(o, 8), False), (lambda o: s.CosineAnnealingLR(o, 2), True)):
         scheduler = make(sgd())
         rates = LearningRates([scheduler.optimizer], [scheduler])
-        (found,) = rates.fit({id(scheduler): {"epoch": 8}}, [0, 2, 2, 2, 2], gradual=False)
+        (found,) = rates.fit({id(scheduler): {"epoch": 8}}, [0, 2, 2, 2, 2], "nobody knows")
         assert found.fits == fits
-        assert ("nothing says how many batches an epoch has" in found.text) != fits
+        assert ("it lasts longer than a phase, and nobody knows." in found.text) != fits
 
 
 def test_a_plateau_is_followed_as_ever() -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -33,10 +35,13 @@ class Loop:
         self.optimizer = optimizer(self.module.parameters())
         self.scheduler = scheduler(self.optimizer)
         self.clip = clip
-        self.arguments = {"schedule": SCHEDULE, "epochs": 4, "schedulers": [self.scheduler]} | inq
+        self.arguments = {"schedule": SCHEDULE, "epochs": 4, "steps_per_epoch": BATCHES}
+        self.arguments |= {"schedulers": [self.scheduler]} | inq
         self.inq = INQ(self.module, self.optimizer, **self.arguments)
         self.step = 0
         self.rates: list[float] = []  # of each step
+
+    each = "epoch"  # when the scheduler is stepped
 
     @property
     def epoch(self) -> int:
@@ -61,7 +66,7 @@ class Loop:
             for name, mask in held.items():
                 assert same_bits(before[name][mask], after[name][mask]), name
             self.step += 1
-            if self.step % BATCHES == 0:
+            if self.each == "step" or self.step % BATCHES == 0:
                 self.scheduler.step()
         return self
 
@@ -140,6 +145,76 @@ def test_a_state_in_steps_resumes_in_the_middle_of_a_phase() -> None:
     assert_same_state(part.module, whole.module)
 
 
+FOR_THE_LOOP: dict[str, Callable[[Optimizer], Any]] = {
+    "epoch": lambda o: CosineAnnealingLR(o, 4),
+    "step": lambda o: OneCycleLR(o, 0.1, total_steps=4 * BATCHES),
+}
+
+
+@pytest.mark.parametrize("each", FOR_THE_LOOP)
+def test_a_schedule_made_for_the_loop_is_run_whole_in_each_phase_as_in_a_trainer(
+    each: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    make, schedule = FOR_THE_LOOP[each], {0: 0.5, 2: 1.0}
+    loop = Loop(scheduler=make, schedule=schedule)
+    loop.each = each
+    with caplog.at_level(logging.INFO):
+        loop.train()
+    assert f"spans the whole run of {'4 epochs' if each == 'epoch' else '16 steps'}" in caplog.text
+    module = TinyModule(scheduler=lambda o: {"scheduler": make(o), "interval": each})
+    trainer(INQCallback(schedule=schedule)).fit(module)
+    assert_same_state(loop.module, module)
+    assert loop.rates[:8] == loop.rates[8:]
+    assert min(loop.rates) < 0.02
+    assert max(loop.rates) > 0.09
+    loop.inq.finish()
+    assert type(loop.scheduler) is type(make(loop.optimizer))
+
+
+@pytest.mark.parametrize("each", FOR_THE_LOOP)
+@pytest.mark.parametrize("step", [0, 3, 4, 6, 8, 13])
+def test_a_loop_with_such_a_schedule_resumes_bit_identical(each: str, step: int) -> None:
+    def start(seed: int = 0) -> Loop:
+        loop = Loop(TinyModule(seed=seed), scheduler=FOR_THE_LOOP[each], schedule={0: 0.5, 2: 1.0})
+        loop.each = each
+        return loop
+
+    whole = start().train()
+    part = start(5).load(start().train(step).save())
+    if part.epoch_step:
+        part.inq.advance(part.epoch)
+    part.train()
+    assert_same_state(part.module, whole.module)
+    assert part.rates == whole.rates[step:]
+
+
+def test_a_schedule_made_for_the_loop_is_named_where_the_length_of_an_epoch_is_not_known() -> None:
+    loop = Loop(scheduler=FOR_THE_LOOP["epoch"], schedule={0: 0.5, 2: 1.0}, steps_per_epoch=math.inf)
+    with pytest.warns(
+        UserWarning, match=r"CosineAnnealingLR cannot be fitted to the phases: .*say steps_per_epoch="
+    ) as w:
+        loop.inq.advance(0)
+    assert w[0].filename == __file__
+
+
+def test_inq_in_the_middle_of_a_loop_fits_what_is_left_of_the_schedule() -> None:
+    loop = middle()
+    left = [group["lr"] for group in remaining_rates(loop)]
+    options: dict[str, Any] = {"schedule": {0: 0.5, 2: 1.0}, "epochs": 6, "steps_per_epoch": BATCHES}
+    loop.inq = INQ(loop.module, loop.optimizer, schedulers=[loop.scheduler], **options)
+    loop.train(6 * BATCHES)
+    assert loop.rates == [left[i] for i in (0, 0, 1, 1, 2, 2, 3, 3)] * 2
+
+
+def remaining_rates(loop: Loop) -> list[dict[str, Any]]:
+    """Of its third to sixth epoch, without INQ."""
+    scheduler, groups = copy.deepcopy(loop.scheduler), []
+    for _ in range(4):
+        groups.append(dict(scheduler.optimizer.param_groups[0]))
+        scheduler.step()
+    return groups
+
+
 def middle(scheduler: Any = lambda o: CosineAnnealingLR(o, 8)) -> Loop:
     """A loop whose INQ begins in its third epoch of six, with rates that have moved by then."""
     loop = Loop(scheduler=scheduler, restart_lr=False)
@@ -167,7 +242,7 @@ def test_inq_that_begins_in_the_middle_of_a_loop_counts_and_restarts_from_there(
 
 def test_inq_that_began_in_the_middle_of_a_loop_resumes_bit_identical() -> None:
     """The rate that phases restart at is that of the first run, which no fresh optimizer tells."""
-    options: dict[str, Any] = {"schedule": {0: 0.5, 2: 1.0}, "epochs": 6}
+    options: dict[str, Any] = {"schedule": {0: 0.5, 2: 1.0}, "epochs": 6, "steps_per_epoch": BATCHES}
     loops = [middle() for _ in range(2)]
     for loop in loops:
         loop.inq = INQ(loop.module, loop.optimizer, schedulers=[loop.scheduler], **options)

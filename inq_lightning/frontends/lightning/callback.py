@@ -266,8 +266,9 @@ class INQCallback(Callback):
 
     def _fit_rates(self, trainer: Trainer) -> None:
         steps = {id(c.scheduler): clock.scheduler_steps(trainer, c) for c in trainer.lr_scheduler_configs}
-        gradual = self.quantizer.timetable.unit == "step" or math.isfinite(trainer.num_training_batches)
-        fits = self.quantizer.fit_rates(clock.length(trainer), steps, gradual)
+        known = self.quantizer.timetable.unit == "step" or math.isfinite(trainer.num_training_batches)
+        obstacle = None if known else "nothing says how many batches an epoch has"
+        fits = self.quantizer.fit_rates(clock.length(trainer), steps, obstacle=obstacle)
         for fitted, say in ((True, rank_zero_info), (False, rank_zero_warn)):
             texts = [fit.text for fit in fits if fit.fits == fitted]
             if texts:
