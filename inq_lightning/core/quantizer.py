@@ -157,6 +157,8 @@ class Quantizer:
             ValueError: An optimizer moves weights where frozen ones cannot be held.
         """
         check_optimizers(optimizers)
+        if self._rates is not None:
+            self._rates.release()
         self._optimizers = optimizers
         self._rates = LearningRates(optimizers, schedulers) if self.options.restart_lr else None
         self._optimizer_state = OptimizerState(optimizers) if self.options.reset_optimizer else None
