@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inq_lightning._version import __version__
+from inq_lightning._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from inq_lightning.core.frozen import FrozenWeight
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from inq_lightning.formats.packed import load_packed, read_packed, save_packed
     from inq_lightning.frontends.fabric import FabricINQ
     from inq_lightning.frontends.huggingface import INQTrainerCallback
-    from inq_lightning.frontends.lightning.callback import INQCallback, phase_length
+    from inq_lightning.frontends.lightning.callback import INQCallback
     from inq_lightning.frontends.lightning.monitor import INQMonitor
+    from inq_lightning.frontends.lightning.phases import phase_length
     from inq_lightning.frontends.lightning.progress import INQProgressBar
     from inq_lightning.frontends.loop import INQ
     from inq_lightning.grid import PowerOfTwoGrid, fit_grid
@@ -46,7 +47,6 @@ __all__ = [
     "PowerOfTwoGrid",
     "Quantizer",
     "Schedule",
-    "__version__",
     "export_onnx",
     "find_grids",
     "fit_grid",
@@ -78,8 +78,9 @@ _HOMES = {
     "formats.packed": ["load_packed", "read_packed", "save_packed"],
     "frontends.fabric": ["FabricINQ"],
     "frontends.huggingface": ["INQTrainerCallback"],
-    "frontends.lightning.callback": ["INQCallback", "phase_length"],
+    "frontends.lightning.callback": ["INQCallback"],
     "frontends.lightning.monitor": ["INQMonitor"],
+    "frontends.lightning.phases": ["phase_length"],
     "frontends.lightning.progress": ["INQProgressBar"],
     "frontends.loop": ["INQ"],
     "grid": ["PowerOfTwoGrid", "fit_grid"],

@@ -31,7 +31,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 
 from inq_lightning import INQCallback, PowerOfTwoGrid, Schedule
-from inq_lightning.core.restart import LearningRateRestart
+from inq_lightning.core.restart import Restart
 from inq_lightning.formats.layers import find_grids
 from inq_lightning.recipes.classifier import Classifier
 from inq_lightning.recipes.config import TrainConfig, register_training
@@ -83,9 +83,7 @@ class RestartsOnly(Callback):
         self.schedule = schedule
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.restart = LearningRateRestart(
-            trainer.optimizers, [config.scheduler for config in trainer.lr_scheduler_configs]
-        )
+        self.restart = Restart(trainer.optimizers, [config.scheduler for config in trainer.lr_scheduler_configs])
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch in self.schedule.spread(trainer.max_epochs).starts:
@@ -125,7 +123,7 @@ def inq(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     first: list[Callback] = [Pruning(callback, cfg.prune)] if cfg.prune else []
     result = fit(cfg, folder, module, data, [*first, callback])
     find_grids(module, callback.layers)
-    result["layers"] = [layer._asdict() for layer in callback.layers]
+    result["layers"] = [layer.as_dict() for layer in callback.layers]
     result["exponents"] = {"before": before, "after": exponents(module, callback)}
     return result
 
@@ -143,10 +141,11 @@ def one_shot(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Round the whole baseline at once, without any training."""
     callback: INQCallback = instantiate(cfg.inq)
     module, data = start(cfg, callback)
+    options = callback.options
     with torch.no_grad():
         for selected in callback.select(module):
             weight = selected.parameter
-            grid = PowerOfTwoGrid.from_weights(weight, selected.bits, callback.underflow, callback.exponent)
+            grid = PowerOfTwoGrid.from_weights(weight, selected.bits, options.underflow, options.exponent)
             weight.copy_(grid.quantize(weight))
     return {**evaluate(cfg, module, data), "epochs": []}
 

@@ -12,7 +12,7 @@ from torch import nn
 from inq_lightning.grid import Grid
 
 # Attributes under which wrappers keep what they wrap: torch.compile's and Fabric's.
-_WRAPPERS = {"_orig_mod", "_forward_module"}
+_WRAPPERS = {"_orig_mod", "_forward_module", "_original_module"}
 
 
 @dataclass(frozen=True)

@@ -187,6 +187,8 @@ class Quantizer:
     def begin(self, module: nn.Module, length: Length, position: Callable[[Unit], int]) -> None:
         """Fit the schedule to the run, then go on from a loaded state or begin where the run stands.
 
+        Warns of what stays in floating point though nobody asked for it.
+
         Args:
             module: The module, after :meth:`attach`.
             length: How long the run is, from its very start.
@@ -200,8 +202,12 @@ class Quantizer:
             self.origin = position(schedule.unit)
             self.timetable = schedule.fit(length, self.origin)
             self.timetable.check_certain(length, self.origin)
-            return
-        loaded = state.check(self._loaded)
+        else:
+            self._resume(module, schedule, length, state.check(self._loaded))
+        if self.coverage.overlooked and sharding.is_first_process():
+            warnings.warn(str(self.coverage), stacklevel=2)
+
+    def _resume(self, module: nn.Module, schedule: Schedule, length: Length, loaded: dict[str, Any]) -> None:
         saved = Schedule(**loaded["schedule"])
         # An open schedule was spread over the run that began.
         self.timetable = saved if schedule.starts is None and schedule.portions == saved.portions else schedule

@@ -43,12 +43,14 @@ class Length:
         steps_per_epoch: Optimizer steps of an epoch; inf where unknown: data without a length, or code that steps its
             optimizers when it likes.
         trial: Whether it is a trial run, which may end before the schedule does.
+        manual: Whether code steps its optimizers when it likes, as often as it has to: it has the benefit of the doubt.
     """
 
     epochs: float = math.inf
     steps: float = math.inf
     steps_per_epoch: float = math.inf
     trial: bool = False
+    manual: bool = False
 
     def total(self, unit: Unit) -> float:
         """Epochs or optimizer steps of the run; inf where nothing says so."""
@@ -68,7 +70,7 @@ class Length:
         if math.isfinite(self.steps_per_epoch):
             return self.total(unit)
         if unit == "step":
-            return min(self.steps, self.epochs)
+            return min(self.steps, math.inf if self.manual else self.epochs)
         return min(self.epochs, 1) if math.isfinite(self.steps) else self.epochs
 
 

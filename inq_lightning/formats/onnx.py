@@ -33,15 +33,16 @@ IR_VERSION = 10  # of OPSET
 OPSET_INT2, IR_VERSION_INT2 = 25, 13
 METADATA_KEY = "inq_lightning"
 
-# Bits of a type → the types that DequantizeLinear takes, and the one of the codes where a table has the levels.
+# Bits of a type → the types that DequantizeLinear takes, and that of the codes where none of these holds the multiples
+# and a table has the levels.
 DEQUANTIZED = {2: ["INT2"], 4: ["INT4"], 8: ["FLOAT8E4M3FN", "FLOAT8E5M2"]}
 LOOKED_UP = {4: "UINT4", 8: "UINT8"}
 # Exponent of the largest power of two that is used of a floating-point type. The magnitudes of 5 to 7 bits are its
 # powers of two, down to its subnormal numbers.
 _HIGHEST = {"FLOAT8E4M3FN": 8, "FLOAT8E5M2": 15}
 
-# Bits → those of the integers that MatMulNBits multiplies, and its fastest block of them.
-_PLANES = {2: (2, 128), 3: (4, 256), 4: (8, 128), 5: (4, 256)}
+# Bits → those of the integers that MatMulNBits multiplies, its fastest block of them, and the largest multiple.
+_PLANES = {2: (2, 128, 1), 3: (4, 256, 7), 4: (8, 128, 127), 5: (4, 256, 128)}
 _INT8_ACTIVATIONS = 4  # its accuracy_level
 
 ir, onnx, ort = (LazyExtra(module, "export") for module in ("onnx_ir", "onnx", "onnxruntime"))
@@ -189,28 +190,35 @@ def _describe(model: Any, grids: Mapping[str, Grid]) -> None:
 def _decode(graph: Any, weight: Weight) -> None:
     """Compute a weight from codes."""
     value, codes, grid = weight.value, weight.codes, weight.grid
-    name, width = value.name, next(w for w in DEQUANTIZED if w >= grid.bits)
-    for dtype in DEQUANTIZED[width]:
-        unit = _unit(grid, dtype)
-        multiples = grid.multiples(torch.tensor(table_order(grid.codes))).numpy()
-        table = np.ldexp(multiples, unit).astype(ir.DataType[dtype].numpy())
-        if np.array_equal(table.astype(np.float64), np.ldexp(multiples, unit)):
-            stored = initializer(graph, f"{name}.codes", table[codes], dtype)
-            scale = initializer(graph, f"{name}.scale", weight.scale(unit))
-            nodes = [ir.node("DequantizeLinear", [stored, scale], {"axis": weight.axis}, outputs=[value])]
-            break
+    if (holding := _type_that_holds(grid)) is not None:
+        dtype, table = holding
+        stored = initializer(graph, f"{value.name}.codes", table[codes], dtype)
+        scale = initializer(graph, f"{value.name}.scale", weight.scale(_unit(grid, dtype)))
+        nodes = [ir.node("DequantizeLinear", [stored, scale], {"axis": weight.axis}, outputs=[value])]
     else:
-        stored = initializer(graph, f"{name}.codes", codes.astype(int) - grid.codes.start, LOOKED_UP[width])
-        table = initializer(graph, f"{name}.levels", grid.levels.numpy(), "FLOAT")
+        dtype = next(LOOKED_UP[bits] for bits in LOOKED_UP if bits >= grid.bits)
+        stored = initializer(graph, f"{value.name}.codes", codes.astype(int) - grid.codes.start, dtype)
+        levels = initializer(graph, f"{value.name}.levels", grid.levels.numpy(), "FLOAT")
         index = ir.node("Cast", [stored], {"to": ir.DataType.INT32})
         if weight.factors.ndim:
-            level = ir.node("Gather", [table, index.outputs[0]])
+            level = ir.node("Gather", [levels, index.outputs[0]])
             shape = [-1 if axis == weight.axis else 1 for axis in range(codes.ndim)]
-            factors = initializer(graph, f"{name}.scale", weight.factors.reshape(shape))
+            factors = initializer(graph, f"{value.name}.scale", weight.factors.reshape(shape))
             nodes = [index, level, ir.node("Mul", [level.outputs[0], factors], outputs=[value])]
         else:
-            nodes = [index, ir.node("Gather", [table, index.outputs[0]], outputs=[value])]
+            nodes = [index, ir.node("Gather", [levels, index.outputs[0]], outputs=[value])]
     graph.insert_before(graph[0], nodes)
+
+
+def _type_that_holds(grid: Grid) -> tuple[str, Array] | None:
+    """The type for DequantizeLinear that holds a grid's multiples exactly, and these in it, indexed by the code."""
+    multiples = grid.multiples(torch.tensor(table_order(grid.codes))).numpy()
+    for dtype in next(DEQUANTIZED[bits] for bits in DEQUANTIZED if bits >= grid.bits):
+        exact = np.ldexp(multiples, _unit(grid, dtype))
+        table: Array = exact.astype(ir.DataType[dtype].numpy())
+        if np.array_equal(table.astype(np.float64), exact):
+            return dtype, table
+    return None
 
 
 def _unit(grid: Grid, dtype: str) -> int:
@@ -222,7 +230,10 @@ def _unit(grid: Grid, dtype: str) -> int:
 def _multiply_codes(graph: Any, weight: Weight) -> None:
     """Let linear layers multiply by a weight's codes; other users of it stay."""
     value = weight.value
-    if weight.grid.bits not in _PLANES or weight.codes.ndim != 2:
+    if weight.codes.ndim != 2 or weight.grid.bits not in _PLANES:
+        return
+    bits, block, most = _PLANES[weight.grid.bits]
+    if largest_multiple(weight.grid) > most:
         return
     products = [node for node in value.consumers() if is_linear(node) and node.inputs[1] is value]
     transposes = [node for node in value.consumers() if node.op_type == "Transpose"]
@@ -230,7 +241,6 @@ def _multiply_codes(graph: Any, weight: Weight) -> None:
         products += [n for n in transposed.consumers() if n.op_type == "MatMul" and n.inputs[1] is transposed]
     planes = _planes(graph, weight) if products else []
     outputs, columns = weight.codes.shape
-    bits, block = _PLANES[weight.grid.bits]
     attributes = {"N": outputs, "K": columns, "bits": bits, "block_size": block, "accuracy_level": _INT8_ACTIVATIONS}
     for product in products:
         nodes = [
@@ -249,7 +259,7 @@ def _multiply_codes(graph: Any, weight: Weight) -> None:
 def _planes(graph: Any, weight: Weight) -> list[list[Any]]:
     """Inputs of the MatMulNBits whose sum is the product with a weight: integers, scales, zero points."""
     name, (outputs, columns) = weight.value.name, weight.codes.shape
-    bits, block = _PLANES[weight.grid.bits]
+    bits, block, _ = _PLANES[weight.grid.bits]
     blocks = -(-columns // block)
     integers = np.zeros((outputs, blocks * block), np.int64)
     integers[:, :columns] = weight.multiples

@@ -116,7 +116,7 @@ class INQ:
 
     @property
     def coverage(self) -> Coverage:
-        """How much of the module is quantized, and what is left out and why; nothing before INQ has begun."""
+        """How much of the model is quantized, and what is left out and why; nothing before INQ has begun."""
         return self.quantizer.coverage
 
     def frozen_mask(self, name: str) -> Tensor:
@@ -187,7 +187,8 @@ class INQ:
         counts = {unit: self._length.end(unit) for unit in ("epoch", "step") if math.isfinite(self._length.end(unit))}
         gradual = self.quantizer.timetable.unit == "step" or math.isfinite(self._length.steps_per_epoch)
         fits = self.quantizer.fit_rates(self._length, {id(s): counts for s in self._schedulers}, gradual)
-        _say(str(self.coverage), not self.coverage.overlooked)
+        if not self.coverage.overlooked:  # otherwise the engine has said it in a warning
+            _say(str(self.coverage), expected=True)
         for fit in fits:
             missing = not fit.fits and not gradual
             _say(fit.text + " INQ(steps_per_epoch=...) says how many batches those are." * missing, fit.fits)

@@ -40,7 +40,7 @@ def command() -> None:
     main()
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="plan")
+@hydra.main(version_base="1.3", config_path="pkg://inq_lightning.conf", config_name="plan")
 def main(cfg: DictConfig) -> None:
     """Print the plan of the configured run."""
     console = prepare(cfg)

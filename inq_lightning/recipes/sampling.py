@@ -74,6 +74,9 @@ class LazyDataLoader(DataLoader[tuple[Tensor, Tensor]]):
     """Opens its iterator, and its workers, at the first batch rather than at `iter`.
 
     Lightning calls `iter` before it restores a checkpoint's epoch; workers would fetch batches of the wrong epoch.
+
+    torchdata's StatefulDataLoader, which saves where it stands instead, resumes the order but not the augmentation, and
+    only with as many workers as before; here there is nothing to save, and both come back with any number of them.
     """
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]

@@ -37,7 +37,7 @@ def command() -> None:
     main()
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+@hydra.main(version_base="1.3", config_path="pkg://inq_lightning.conf", config_name="train")
 def main(cfg: DictConfig) -> None:
     """Run the configured experiment."""
     console = prepare(cfg)

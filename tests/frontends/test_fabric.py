@@ -14,7 +14,9 @@ from strategies_worker import launch
 from support import TinyModule, same_bits
 from torch.optim import SGD
 
-from inq_lightning import FabricINQ
+from inq_lightning import FabricINQ, Options, Quantizer, select_parameters
+from inq_lightning.core.layer import named_weights
+from inq_lightning.core.schedule import Length
 
 
 def results(folder: Path, processes: int) -> list[dict[str, Any]]:
@@ -98,3 +100,24 @@ def test_a_compiled_module_bears_its_own_names_under_fabric() -> None:
     inq = FabricINQ(fabric, net, optimizer, epochs=4)
     inq.advance(0)
     assert [layer.name for layer in inq.layers] == ["0.weight", "3.weight"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_names_are_those_of_the_network_that_fabric_has_wrapped(compiled: bool) -> None:
+    net = TinyModule().net
+    fabric = Fabric(accelerator="cpu", devices=1)
+    given = torch.compile(net, backend="eager") if compiled else net
+    wrapped, optimizer = fabric.setup(given, SGD(net.parameters(), lr=0.1))
+    names = ["0.weight", "3.weight"]
+    assert [selected.name for selected in select_parameters(wrapped)] == names
+    assert [selected.name for selected in select_parameters(wrapped, exclude=["0"])] == names[1:]
+    assert dict(named_weights(wrapped)).keys() == dict(net.named_parameters()).keys()
+    quantizer = Quantizer(Options(schedule={0: 1.0}))
+    quantizer.configure([optimizer])
+    quantizer.attach(wrapped)
+    assert [layer.name for layer in quantizer.layers] == names
+    assert not quantizer.coverage.left_out
+    quantizer.begin(wrapped, Length(epochs=1), lambda unit: 0)
+    quantizer.advance(wrapped, 0)
+    assert quantizer.moved(wrapped.state_dict()) == {}
+    assert quantizer.describes(wrapped)

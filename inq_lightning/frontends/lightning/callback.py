@@ -9,16 +9,15 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from inq_lightning._common import one_of
 from inq_lightning.core.coverage import Coverage
 from inq_lightning.core.layer import Layer
 from inq_lightning.core.options import Options, takes_options
 from inq_lightning.core.plan import Plan
 from inq_lightning.core.quantizer import Quantizer
-from inq_lightning.core.schedule import Length, Unit
+from inq_lightning.core.schedule import Length
 from inq_lightning.core.selection import Selection
 from inq_lightning.frontends.lightning import clock, guards, record
-from inq_lightning.frontends.lightning.base import Callback, callbacks_of
+from inq_lightning.frontends.lightning.base import Callback
 from inq_lightning.frontends.lightning.drift import DriftWatch
 from inq_lightning.frontends.lightning.stopping import EarlyStoppingHold, forget_best
 
@@ -133,7 +132,8 @@ class INQCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Select the weights, take up a checkpoint's state, and refuse a run that cannot reach portion 1."""
         self._begin(trainer, pl_module)
-        (rank_zero_warn if self.coverage.overlooked else rank_zero_info)(str(self.coverage))
+        if not self.coverage.overlooked:  # otherwise the engine has said it in a warning
+            rank_zero_info(str(self.coverage))
         self._fit_rates(trainer)
         guards.check_averaging(trainer, self.quantizer.timetable, self.quantizer.origin)
         if not self.quantizer.complete:
@@ -309,34 +309,3 @@ class INQCallback(Callback):
         for name, value in self.quantizer.metrics().items():
             bar = when["on_step"] and name == "inq/quantized_fraction"
             pl_module.log(name, value, prog_bar=bar, batch_size=1, **when)
-
-
-def phase_length(trainer: Trainer, unit: Unit = "step") -> int:
-    """How long a learning-rate schedule should last that begins anew with each phase, for ``configure_optimizers``.
-
-    Where phases differ it is the longest one: in the others the whole schedule is run in less time. Where nothing
-    begins anew, without an INQCallback or with ``restart_lr=False``, it is the whole run.
-
-    Args:
-        trainer: The module's Trainer.
-        unit: ``"step"`` for optimizer steps (batches under manual optimization), or ``"epoch"``.
-
-    Raises:
-        ValueError: Nothing says how long the run is, or see :meth:`~inq_lightning.Schedule.fit`.
-    """
-    one_of("unit", unit, Unit)
-    trainer.fit_loop.setup_data()
-    run, batches = clock.length(trainer), clock.parts(trainer)
-    phases = [
-        c.options.phases.fit(run) for c in callbacks_of(trainer) if isinstance(c, INQCallback) and c.options.restart_lr
-    ]
-    counted = phases[0].unit if phases else "epoch" if math.isfinite(run.epochs) else "step"
-    longest = max(phases[0].phase_lengths(run)[1:]) if phases else run.end(counted)
-    if not math.isfinite(longest) or (counted != unit and not math.isfinite(trainer.num_training_batches)):
-        raise ValueError(
-            f"nothing says how many {unit}s a phase of this run has: set the Trainer's max_epochs or max_steps, or "
-            "limit_train_batches where the data have no length"
-        )
-    if counted != unit:
-        longest = longest * batches if unit == "step" else longest / batches
-    return max(1, math.ceil(longest))

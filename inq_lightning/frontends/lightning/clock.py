@@ -18,11 +18,11 @@ def position(trainer: Trainer, unit: Unit) -> int:
 
 def length(trainer: Trainer) -> Length:
     """How long the Trainer runs. Known once training starts."""
-    steps_per_epoch = math.inf
-    if math.isfinite(trainer.num_training_batches) and trainer.lightning_module.automatic_optimization:
+    steps_per_epoch, manual = math.inf, not trainer.lightning_module.automatic_optimization
+    if math.isfinite(trainer.num_training_batches) and not manual:
         steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
     trial = bool(getattr(trainer, "fast_dev_run", False))
-    return Length(limit(trainer.max_epochs), limit(trainer.max_steps), steps_per_epoch, trial)
+    return Length(limit(trainer.max_epochs), limit(trainer.max_steps), steps_per_epoch, trial, manual)
 
 
 def parts(trainer: Trainer) -> int:

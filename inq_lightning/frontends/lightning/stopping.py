@@ -21,6 +21,7 @@ class EarlyStoppingHold:
 
     def __init__(self) -> None:
         self._stoppers: list[Any] = []
+        self._told: list[Any] = []
 
     def hold(self, trainer: Trainer) -> None:
         """Hear them no more."""
@@ -28,14 +29,29 @@ class EarlyStoppingHold:
         self._stoppers = callbacks_named(trainer, "EarlyStopping")
         for stopper in self._stoppers:
             for hook in _hooks(stopper):
-                setattr(stopper, hook, partial(_unheard, getattr(stopper, hook), stopper))
+                setattr(stopper, hook, partial(self._unheard, getattr(stopper, hook), stopper))
 
     def release(self) -> None:
         """Let them be heard again."""
         for stopper in self._stoppers:
             for hook in _hooks(stopper):
                 vars(stopper).pop(hook, None)
-        self._stoppers = []
+        self._stoppers, self._told = [], []
+
+    def _unheard(self, hook: Any, stopper: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Run a hook, and take back that it asks the Trainer to stop."""
+        stops = trainer.should_stop
+        hook(trainer, *args, **kwargs)
+        if stops or not trainer.should_stop:
+            return
+        trainer.should_stop = False
+        if stopper not in self._told:
+            self._told.append(stopper)
+            rank_zero_info(
+                f"{type(stopper).__name__} of {getattr(stopper, 'monitor', 'a metric')} asks to stop in epoch "
+                f"{trainer.current_epoch}; training goes on until everything is quantized: then its patience and best "
+                "score begin anew."
+            )
 
 
 def forget_best(trainer: Trainer) -> None:
@@ -65,16 +81,3 @@ def _hooks(callback: Callback) -> set[str]:
     """The hooks that its classes have made their own."""
     classes = [kind for kind in type(callback).__mro__ if kind.__name__ not in ("Callback", "object")]
     return {name for kind in classes for name in vars(kind) if name.startswith("on_")}
-
-
-def _unheard(hook: Any, stopper: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-    """Run a hook, and take back that it asks the Trainer to stop."""
-    stops = trainer.should_stop
-    hook(trainer, *args, **kwargs)
-    if trainer.should_stop and not stops:
-        trainer.should_stop = False
-        rank_zero_info(
-            f"{type(stopper).__name__} of {getattr(stopper, 'monitor', 'a metric')} asks to stop in epoch "
-            f"{trainer.current_epoch}; training goes on until everything is quantized: then its patience and best "
-            "score begin anew."
-        )

@@ -134,7 +134,7 @@ from test_packages import QUIET, Unified
 cli = LightningCLI(Unified, run=False, save_config_callback=None, trainer_defaults={**QUIET, "max_epochs": 4})
 cli.trainer.fit(cli.model)
 inq = next(c for c in cli.trainer.callbacks if isinstance(c, INQCallback))
-print("bits", inq.bits, "portions", inq.schedule.portions, "quantized", inq.quantized_fraction)
+print("bits", inq.options.bits, "portions", inq.options.phases.portions, "quantized", inq.quantized_fraction)
 single = INQCallback(schedule={0: 1.0})
 pl.Trainer(callbacks=single, max_epochs=1, **QUIET).fit(Unified())
 print("single", single.quantized_fraction)
@@ -169,14 +169,14 @@ TWO = Schedule([0.5, 1.0], [0, 1])
     ("option", "attribute", "value"),
     [
         ("bits=4", "bits", 4),
-        ("schedule=alexnet", "schedule", Schedule.from_preset("alexnet")),
-        ('schedule={"0": 0.5, "1": 1.0}', "schedule", TWO),
-        ('schedule={"portions": [0.5, 1.0], "starts": [0, 1]}', "schedule", TWO),
-        ('schedule={"portions": [0.5, 1.0]}', "schedule", Schedule([0.5, 1.0])),
+        ("schedule=alexnet", "phases", Schedule.from_preset("alexnet")),
+        ('schedule={"0": 0.5, "1": 1.0}', "phases", TWO),
+        ('schedule={"portions": [0.5, 1.0], "starts": [0, 1]}', "phases", TWO),
+        ('schedule={"portions": [0.5, 1.0]}', "phases", Schedule([0.5, 1.0])),
         (
             'schedule={"class_path": "inq_lightning.Schedule", "init_args": {"portions": [1.0], "starts": [3],'
             ' "unit": "step"}}',
-            "schedule",
+            "phases",
             Schedule([1.0], [3], "step"),
         ),
         ('layer_bits={"net.0": 8, "net.3": 3}', "layer_bits", {"net.0": 8, "net.3": 3}),
@@ -190,7 +190,7 @@ TWO = Schedule([0.5, 1.0], [0, 1])
     ],
 )
 def test_every_kind_of_option_can_be_given_on_the_command_line(option: str, attribute: str, value: Any) -> None:
-    assert getattr(cli(ADD, f"--trainer.callbacks.{option}"), attribute) == value
+    assert getattr(cli(ADD, f"--trainer.callbacks.{option}").options, attribute) == value
 
 
 YAML = """
