@@ -53,7 +53,9 @@ class Witness(transformers.TrainerCallback):  # type: ignore[misc]
         self.before = weights(model, inq)  # type: ignore[arg-type]
         for name, mask in self.held.items():
             assert not model.get_parameter(name).grad[mask].any()
-        self.rates.append(others["lr_scheduler"].get_last_lr()[0])
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any, **others: Any) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **others: Any) -> None:
         after = weights(model, self.callback.inq)  # type: ignore[arg-type]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -94,8 +95,52 @@ class OptimizerState:
     def __call__(self) -> None:
         """Put it back."""
         for optimizer, state in self._states:
-            optimizer.state.clear()
-            optimizer.state.update({key: copy.deepcopy(value) for key, value in state.items()})
+            _refill(optimizer.state, {key: copy.deepcopy(value) for key, value in state.items()})
+
+
+def settings(optimizers: Sequence[Optimizer], schedulers: Sequence[Any], states: bool = False) -> dict[str, Any]:
+    """Where optimizers and schedulers stand, as plain values for a checkpoint.
+
+    Args:
+        optimizers: The optimizers.
+        schedulers: The schedulers.
+        states: Whether the states of the optimizers count too.
+    """
+    return copy.deepcopy(
+        {
+            "groups": [[_numbers(group) for group in optimizer.param_groups] for optimizer in optimizers],
+            "states": [_by_index(optimizer) if states else {} for optimizer in optimizers],
+            "schedulers": [scheduler.state_dict() for scheduler in schedulers],
+        }
+    )
+
+
+@contextmanager
+def as_configured(
+    optimizers: Sequence[Optimizer], schedulers: Sequence[Any], configured: Mapping[str, Any]
+) -> Iterator[None]:
+    """Have optimizers and schedulers for a while as :func:`settings` has found them.
+
+    Raises:
+        ValueError: There were others then.
+    """
+    for kind, here, there in (
+        ("optimizers", len(optimizers), len(configured["groups"])),
+        ("schedulers", len(schedulers), len(configured["schedulers"])),
+    ):
+        if here != there:
+            raise ValueError(f"the checkpoint was written with {there} {kind}, here are {here}")
+    now, states = settings(optimizers, schedulers), [dict(optimizer.state) for optimizer in optimizers]
+    _set(optimizers, schedulers, configured)
+    for optimizer, state in zip(optimizers, configured["states"], strict=True):
+        parameters = dict(enumerate(_parameters(optimizer)))
+        _refill(optimizer.state, {parameters.get(key, key): value for key, value in copy.deepcopy(state).items()})
+    try:
+        yield
+    finally:
+        _set(optimizers, schedulers, now)
+        for optimizer, state in zip(optimizers, states, strict=True):
+            _refill(optimizer.state, state)
 
 
 class Kept:
@@ -206,3 +251,28 @@ def _update(group: dict[str, Any], options: dict[str, Any]) -> None:
             _fill(group[key], value)
         else:
             group[key] = copy.deepcopy(value)
+
+
+def _set(optimizers: Sequence[Optimizer], schedulers: Sequence[Any], settings: Mapping[str, Any]) -> None:
+    """Take rates and schedulers to where :func:`settings` has found them."""
+    for optimizer, groups in zip(optimizers, settings["groups"], strict=True):
+        for group, options in zip(optimizer.param_groups, groups, strict=False):  # some may have been added since
+            _update(group, options)
+    for scheduler, state in zip(schedulers, settings["schedulers"], strict=True):
+        scheduler.load_state_dict(copy.deepcopy(state))
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _by_index(optimizer: Optimizer) -> dict[Any, Any]:
+    """An optimizer's state by the numbers of its parameters."""
+    numbers = {id(parameter): number for number, parameter in enumerate(_parameters(optimizer))}
+    return {numbers.get(id(key), key): value for key, value in optimizer.state.items()}
+
+
+def _refill(state: MutableMapping[Any, Any], content: Mapping[Any, Any]) -> None:
+    """Others hold the same mapping, wrappers for instance."""
+    state.clear()
+    state.update(content)

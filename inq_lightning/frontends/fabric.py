@@ -31,7 +31,8 @@ class FabricINQ(INQ):
         self, fabric: Any, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], **arguments: Any
     ) -> None:
         guards.check_strategy(fabric.strategy)
-        super().__init__(_within(model), optimizer, **arguments)
+        optimizers: Any = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+        super().__init__(_within(model), [getattr(one, "optimizer", one) for one in optimizers], **arguments)
         self._fabric = fabric
 
     def advance(self, now: int) -> bool:

@@ -66,14 +66,16 @@ class INQTrainerCallback(
             raise ValueError("a Trainer takes one INQTrainerCallback; give layers different widths with layer_bits")
         if self.inq is not None:
             self.inq.release()
-        batches = len(train_dataloader) if transformers.trainer_utils.has_length(train_dataloader) else math.inf
+        steps_per_epoch = math.inf
+        if transformers.trainer_utils.has_length(train_dataloader):
+            steps_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
         self.inq = INQ(
             model,
             getattr(optimizer, "optimizer", optimizer),  # within Accelerate's
             schedulers=[lr_scheduler],
             epochs=math.inf if args.max_steps > 0 else args.num_train_epochs,
             steps=state.max_steps,
-            steps_per_epoch=-(-batches // args.gradient_accumulation_steps),
+            steps_per_epoch=steps_per_epoch,
             **self._options,
         )
         if saved and state.global_step:  # of a run that begins, it is this callback's own

@@ -14,15 +14,17 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from inq_lightning.core import sharding
 from inq_lightning.core.coverage import Coverage
 from inq_lightning.core.layer import Layer
 from inq_lightning.core.options import Options
 from inq_lightning.core.plan import Plan
-from inq_lightning.core.quantizer import Quantizer, StepHooks
+from inq_lightning.core.quantizer import Quantizer
+from inq_lightning.core.rates import Fit
+from inq_lightning.core.restart import as_configured, settings
 from inq_lightning.core.schedule import Length, Unit
 
-
-_log = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 
 class INQ:
@@ -30,27 +32,25 @@ class INQ:
 
     Call :meth:`advance` at the top of every epoch and :meth:`finish` after the last one::
 
-        inq = INQ(model, optimizer, bits=5, epochs=300, schedulers=[scheduler])
+        inq = INQ(model, optimizer, bits=5, epochs=300, schedulers=[scheduler], steps_per_epoch=len(loader))
         for epoch in range(300):
             inq.advance(epoch)
             ...  # train as ever
         inq.finish()
 
-    Hooks do the rest: gradients of frozen weights are zeroed as they are accumulated, so clipping and momentum do not
-    see them, and the weights are put back bit for bit after each optimizer step.
+    Hooks do the rest: gradients of frozen weights are zeroed as they are accumulated, so neither clipping nor momentum
+    sees them, and the weights are put back bit for bit after each optimizer step.
 
     INQ begins where :meth:`advance` is called first, be it in the middle of a loop: the schedule counts from there.
 
     Args:
-        model: The module; what DataParallel and DistributedDataParallel have wrapped is found within. Its weights are
+        model: The module; one that DataParallel or DistributedDataParallel wraps is found within. Its weights are
             selected when INQ begins, and those that become trainable later when they do.
         optimizer: Its optimizer, or a list of several.
-        schedulers: Their learning-rate schedulers, a list of all: they begin anew at each phase, see ``restart_lr``. One
-            made for the whole loop is run whole in each phase, as long as the loop steps optimizers once a batch, and
-            ``steps_per_epoch`` is given; the loop's own calls of its ``step`` do nothing then.
+        schedulers: All their learning-rate schedulers: each phase has a whole schedule, see ``restart_lr``.
         epochs: How many epochs the loop has, counted as :meth:`advance` does.
-        steps: How many optimizer steps it has, for one that counts in steps.
-        steps_per_epoch: How many of them an epoch has.
+        steps: How many optimizer steps it has, for a loop that counts steps.
+        steps_per_epoch: How many of them an epoch has; what a schedule made for the whole loop is fitted to phases by.
         options: Arguments of :class:`~inq_lightning.Options` by name, such as ``bits=4``.
 
     Attributes:
@@ -80,23 +80,24 @@ class INQ:
         self._schedulers = list(schedulers)
         self._length = Length(epochs, steps, steps_per_epoch)
         self._began = False
+        self._now, self._part = -1, 0  # the epoch or step, and how many optimizer steps of it are done
+        self._configured_at = 0  # the epoch or step, known once INQ begins
         self._trainable: list[bool] = []
-        self._masks: dict[str, RemovableHandle] = {}
-        self.plan()  # what cannot work is refused here, before anything is trained
+        self._found: set[str] = set()  # parameters that something else was seen to move
+        self._handles: dict[str, RemovableHandle] = {}  # by the parameter whose gradient they mask
         if self.options.restart_lr:
             _check_schedulers(self._optimizers, self._schedulers)
-        self._configured = self._settings()
-        self._configured_at = 0  # the epoch or step, known once INQ begins
-        self._now = 0  # where advance() was called last
-        self._stepped = 0  # steps of all optimizers since then
+        self._configured = settings(self._optimizers, self._schedulers, states=self.options.reset_optimizer)
         self.quantizer.configure(self._optimizers, self._schedulers)
-        self._steps = StepHooks(self._optimizers, self._after_step)
-        if not self._steps.complete:
+        self.plan()  # what cannot work is refused here, before anything is trained
+        if not self.quantizer.hold():
             raise ValueError(
                 f"{' or '.join(type(o).__name__ for o in self._optimizers)} takes no step hooks, so frozen weights "
                 "cannot be held; give INQ the optimizer within, where it wraps one, or let its __init__ call that of "
                 "torch.optim.Optimizer"
             )
+        for i, one in enumerate(self._optimizers):
+            self._handles[f"optimizer {i}"] = one.register_step_pre_hook(self._before_step)
 
     # ---- what users ask ----------------------------------------------------------------------------------------------
 
@@ -150,23 +151,25 @@ class INQ:
         """
         if not self._began or self.quantizer.loaded:
             self.begin(lambda unit: now)
-        self._adopt()
         schedule, origin, phase = self.quantizer.timetable, self.quantizer.origin, self.phase
-        if schedule.starts and schedule.phase_at(now - origin) < phase:
+        due = schedule.phase_at(now - origin)
+        if schedule.starts and due < phase:
             raise ValueError(
                 f"advance({now}): phase {phase} has begun, which it does at {schedule.unit} "
                 f"{origin + schedule.starts[phase - 1]}; after resuming, count the {schedule.unit}s on from where the "
                 "checkpoint was written"
             )
-        total = self._length.total(schedule.unit)
-        if now > total:
+        if now > self._length.total(schedule.unit):
             warnings.warn(
-                f"advance({now}): the loop was said to have {total:g} {schedule.unit}s; for a schedule that counts in "
-                "optimizer steps, say steps=... or give it unit='step'",
+                f"advance({now}): the loop was said to have {self._length.total(schedule.unit):g} {schedule.unit}s; "
+                "for a schedule that counts in optimizer steps, say steps=... or give it unit='step'",
                 stacklevel=2,
             )
+        if due > phase or (schedule.unit == "epoch" and now != self._now):  # a look takes about two optimizer steps
+            self._look()
         if now != self._now:
-            self._now, self._stepped = now, 0
+            self._now, self._part = now, 0
+        self._adopt()
         began = self.quantizer.advance(self._model, now)
         self._follow_rates()
         return began
@@ -183,10 +186,13 @@ class INQ:
         resumes = self.quantizer.loaded
         self.quantizer.attach(self._model)
         self.quantizer.begin(self._model, self._length, position)
-        if not resumes and self._settings() == self._configured:
-            self._configured_at = self.quantizer.origin
-        self._fit_rates()
         self._began = True
+        if not resumes and self._untouched():
+            self._configured_at = self.quantizer.origin
+        if not self.coverage.overlooked:  # otherwise the engine has said it in a warning
+            _say(str(self.coverage), expected=True)
+        for fit in self._fit_rates():
+            _say(fit.text, fit.fits)
 
     def finish(self) -> None:
         """Remove all hooks, and make sure that every frozen weight is where it was frozen.
@@ -194,12 +200,19 @@ class INQ:
         Warns where weights are left that were never frozen.
 
         Raises:
-            RuntimeError: Something has moved frozen weights behind INQ's back; the message names their layer.
+            RuntimeError: Something other than the optimizers has moved frozen weights since the last epoch; the message
+                names their parameters. They have been put back.
         """
         if self.quantizer.loaded:  # a completed run's checkpoint: there was nothing left to train
             self.begin(lambda unit: 0)
         self.release()
-        self.quantizer.verify()
+        moved = {name: count for name, count in self.quantizer.moved().items() if name not in self._found}
+        self.quantizer.restore()
+        if moved:
+            raise RuntimeError(
+                f"{self.quantizer.listing(moved)} were changed after the last optimizer step by something else; they "
+                "have been put back to their values. Let that code leave out quantized parameters"
+            )
         if self.quantized_fraction < 1:
             warnings.warn(
                 f"training ended with {self.quantized_fraction:.1%} of the selected weights quantized; resume it from "
@@ -210,40 +223,37 @@ class INQ:
     def release(self) -> None:
         """Remove all hooks: of a loop that was given up."""
         self.quantizer.release()
-        self._steps.remove()
-        for mask in self._masks.values():
-            mask.remove()
-        self._masks = {}
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles = {}
 
     # ---- what a checkpoint keeps -------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed loop needs beside the states of model, optimizers and schedulers; plain values and masks."""
         self.quantizer.restore()  # an interruption may lie between an update and its hook
-        progress = {"configured_at": self._configured_at, "now": self._now, "stepped": self._stepped}
-        return {**self.quantizer.state_dict(), "configured": copy.deepcopy(self._configured), "progress": progress}
+        loop = {"now": self._now, "part": self._part, "configured_at": self._configured_at}
+        return {**self.quantizer.state_dict(), "loop": {**loop, "configured": copy.deepcopy(self._configured)}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a checkpoint's state, in any order with those of model, optimizers and schedulers.
 
-        It is checked against the weights at the next :meth:`advance`.
+        It is compared with the weights at the next :meth:`advance`.
 
         Raises:
             ValueError: It was written with other optimizers or schedulers.
         """
         state = dict(state_dict)
-        configured = state.pop("configured", None)
-        if configured is not None:
-            # Phases restart the rates from which INQ set out, whatever has become of them since.
-            now, self._configured = self._settings(), configured
-            self._set(configured)
+        loop = state.pop("loop", None)
+        if loop is not None:
+            self._configured, self._configured_at = loop["configured"], loop["configured_at"]
+            self._now, self._part = loop["now"], loop["part"]
+        # Phases go back to what INQ set out from, whatever has become of it since.
+        with as_configured(self._optimizers, self._schedulers, self._configured):
             self.quantizer.configure(self._optimizers, self._schedulers)
-            self._set(now)
-        for name, value in state.pop("progress", {}).items():
-            setattr(self, f"_{name}", value)
         self.quantizer.load_state_dict(state)
 
-    # ---- the steps of a run ------------------------------------------------------------------------------------------
+    # ---- what happens by itself --------------------------------------------------------------------------------------
 
     def _adopt(self) -> None:
         """Take in what has become trainable since the last call; asked of the flags, which costs a step nothing."""
@@ -253,65 +263,75 @@ class INQ:
         self._trainable = trainable
         self.quantizer.attach(self._model)
         for name, weight in self.quantizer.weights.items():
-            if name not in self._masks and weight.parameter.requires_grad:
-                self._masks[name] = _when_accumulated(weight.parameter, weight.mask_gradient)
+            if name not in self._handles and weight.parameter.requires_grad:
+                self._handles[name] = _when_accumulated(weight.parameter, weight.mask_gradient)
 
-    def _after_step(self) -> None:
+    def _look(self) -> None:
+        """Put back what something other than an optimizer has moved, and say so once."""
+        sharding.reshard(self._model)
+        moved = self.quantizer.moved()
+        new = {name: count for name, count in moved.items() if name not in self._found}
+        self._found |= new.keys()
+        if moved:
+            self.quantizer.restore()
+        if new:
+            _say(
+                f"{self.quantizer.listing(new)} were changed by something other than an optimizer, such as a clamp or "
+                "a norm constraint. INQ puts them back after every step and at every epoch. Let that code leave out "
+                "the weights of INQ.frozen_mask(name), or exclude these parameters",
+                expected=False,
+            )
+
+    def _untouched(self) -> bool:
+        """Whether rates and schedulers still stand as they were configured: no training has gone before."""
+        now = settings(self._optimizers, self._schedulers)
+        last = [[getattr(s, "last_epoch", None) for s in self._schedulers], now["groups"]]
+        return last == [[s.get("last_epoch") for s in self._configured["schedulers"]], self._configured["groups"]]
+
+    def _fit_rates(self) -> list[Fit]:
+        """Let each phase have a whole schedule, of those made for what the loop has left as they were configured."""
+        unit, begin = self.quantizer.timetable.unit, self._configured_at
+        ends = {u: self._length.end(u) for u in get_args(Unit) if math.isfinite(self._length.end(u))}
+        left = 1 - begin / ends[unit] if unit in ends else 1.0
+        counts = {u: round(end * left) for u, end in ends.items()}
+        known = unit == "step" or math.isfinite(self._length.steps_per_epoch)
+        obstacle = None if known else "nothing says how many batches an epoch has: say INQ(steps_per_epoch=...)"
+        return self.quantizer.fit_rates(self._length, {id(s): counts for s in self._schedulers}, begin, obstacle)
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.quantizer.loaded:
             raise RuntimeError(
                 "a checkpoint's INQ state waits for advance(); call it before the first optimizer step, and load the "
                 "optimizers' states before INQ's where loading them makes a step"
             )
-        self.quantizer.restore()
-        if self._began:
-            self._stepped += 1
+        if optimizer is self._optimizers[0]:
             self._follow_rates()
-
-    def _fit_rates(self) -> None:
-        unit = self.quantizer.timetable.unit
-        total = self._length.total(unit)
-        left = (total - self._configured_at) / total if math.isfinite(total) else 1.0
-        steps = {u: round(self._length.total(u) * left) for u in get_args(Unit) if math.isfinite(self._length.total(u))}
-        known = unit == "step" or math.isfinite(self._length.steps_per_epoch)
-        fits = self.quantizer.fit_rates(
-            self._length,
-            {id(scheduler): steps for scheduler in self._schedulers},
-            self._configured_at,
-            None if known else "nothing says how many optimizer steps an epoch has: say steps_per_epoch=...",
-        )
-        for fit in fits:
-            if fit.fits:
-                _log.info("Learning rate: %s", fit.text)
-            else:
-                warnings.warn(f"Learning rate: {fit.text}", stacklevel=4)
+            self._part += 1
 
     def _follow_rates(self) -> None:
-        done = self._stepped // len(self._optimizers)
+        """Bring learning rates to where they belong in the phase, before an optimizer step."""
         if self.quantizer.timetable.unit == "step":
-            self.quantizer.follow_rates(self._now + done, 0, 1, self._schedulers)
-        elif math.isfinite(self._length.steps_per_epoch):
-            self.quantizer.follow_rates(self._now, done, int(self._length.steps_per_epoch), self._schedulers)
-
-    def _settings(self) -> dict[str, Any]:
-        """Where learning rates and schedulers stand, as plain values."""
-        groups = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in self._optimizers]
-        return copy.deepcopy({"optimizers": groups, "schedulers": [s.state_dict() for s in self._schedulers]})
-
-    def _set(self, settings: dict[str, Any]) -> None:
-        for kind, here in (("optimizers", self._optimizers), ("schedulers", self._schedulers)):
-            if len(settings[kind]) != len(here):
-                raise ValueError(f"the checkpoint's INQ had {len(settings[kind])} {kind}, this one has {len(here)}")
-        for optimizer, groups in zip(self._optimizers, settings["optimizers"], strict=True):
-            for group, options in zip(optimizer.param_groups, groups, strict=False):
-                group.update(copy.deepcopy(options))
-        for scheduler, state in zip(self._schedulers, settings["schedulers"], strict=True):
-            scheduler.load_state_dict(copy.deepcopy(state))
+            now, part, parts = self._now + self._part, 0, 1
+        else:
+            parts = int(self._length.steps_per_epoch) if math.isfinite(self._length.steps_per_epoch) else 1
+            now, part = self._now, min(self._part, parts - 1)
+        self.quantizer.follow_rates(now, part, parts, self._schedulers)
 
 
 def _when_accumulated(parameter: Tensor, action: Callable[[], None]) -> RemovableHandle:
     """Call ``action`` whenever a gradient has been added to the parameter's."""
     handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(lambda _: action())  # type: ignore[no-untyped-call]
     return handle
+
+
+def _say(text: str, expected: bool) -> None:
+    """Log what is as it should be, and warn of what is not: in one process."""
+    if not sharding.is_first_process():
+        return
+    if expected:
+        _LOG.info(text)
+    else:
+        warnings.warn(text, stacklevel=4)
 
 
 def _check_schedulers(optimizers: Sequence[Optimizer], schedulers: Sequence[Any]) -> None:

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import copy
 import io
-import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +10,7 @@ import pytest
 import torch
 from support import SCHEDULE, TinyModule, assert_quantized, assert_same_state, same_bits, trainer, weights
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Adagrad, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, OneCycleLR
 
 from inq_lightning import INQ, INQCallback, Schedule
@@ -29,19 +27,19 @@ class Loop:
         optimizer: Callable[..., Optimizer] = lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-2),
         scheduler: Callable[[Optimizer], Any] = lambda o: ExponentialLR(o, 0.7),
         clip: float | None = None,
+        interval: str = "epoch",
         **inq: Any,
     ) -> None:
         self.module = module or TinyModule()
         self.optimizer = optimizer(self.module.parameters())
         self.scheduler = scheduler(self.optimizer)
         self.clip = clip
-        self.arguments = {"schedule": SCHEDULE, "epochs": 4, "steps_per_epoch": BATCHES}
-        self.arguments |= {"schedulers": [self.scheduler]} | inq
+        self.every = BATCHES if interval == "epoch" else 1  # steps between two of the scheduler
+        defaults = {"schedule": SCHEDULE, "epochs": 4, "steps_per_epoch": BATCHES, "schedulers": [self.scheduler]}
+        self.arguments = defaults | inq
         self.inq = INQ(self.module, self.optimizer, **self.arguments)
         self.step = 0
         self.rates: list[float] = []  # of each step
-
-    each = "epoch"  # when the scheduler is stepped
 
     @property
     def epoch(self) -> int:
@@ -60,13 +58,13 @@ class Loop:
             self.module.loss(self.module.batches[self.epoch_step]).backward()
             if self.clip:
                 nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
-            self.rates.append(self.optimizer.param_groups[0]["lr"])
             self.optimizer.step()
+            self.rates.append(self.optimizer.param_groups[0]["lr"])
             after = weights(self.module, self.inq)  # type: ignore[arg-type]
             for name, mask in held.items():
                 assert same_bits(before[name][mask], after[name][mask]), name
             self.step += 1
-            if self.each == "step" or self.step % BATCHES == 0:
+            if self.step % self.every == 0:
                 self.scheduler.step()
         return self
 
@@ -116,11 +114,45 @@ def test_a_plain_loop_ends_with_the_weights_of_a_trainer(options: dict[str, Any]
 @pytest.mark.parametrize("optimizer", [SGD, AdamW])
 def test_a_schedule_in_steps_ends_with_the_weights_of_a_trainer(optimizer: type[Optimizer]) -> None:
     schedule = Schedule([0.3, 0.8, 1.0], starts=[1, 6, 11], unit="step")
-    loop = Loop(optimizer=lambda p: optimizer(p, lr=0.01), schedule=schedule, epochs=float("inf"), steps=16)
+    loop = Loop(optimizer=lambda p: optimizer(p, lr=0.01), schedule=schedule)
     loop.train(in_steps=True).inq.finish()
     module = TinyModule(lambda p: optimizer(p, lr=0.01), lambda o: ExponentialLR(o, 0.7))
     trainer(INQCallback(schedule=schedule)).fit(module)
     assert_same_state(loop.module, module)
+
+
+def one_cycle(optimizer: Optimizer) -> Any:
+    return OneCycleLR(optimizer, 0.1, total_steps=16)  # of the whole run
+
+
+def test_a_schedule_made_for_the_whole_loop_is_run_whole_in_each_phase_as_in_a_trainer() -> None:
+    schedule = {0: 0.5, 2: 1.0}
+    loop = Loop(scheduler=one_cycle, interval="step", schedule=schedule).train()
+    loop.inq.finish()
+    assert loop.rates[:8] == loop.rates[8:]
+    assert min(loop.rates[:8]) == pytest.approx(0.1 / 25 / 1e4)  # OneCycleLR's last one
+    module = TinyModule(scheduler=lambda o: {"scheduler": one_cycle(o), "interval": "step"})
+    trainer(INQCallback(schedule=schedule)).fit(module)
+    assert_same_state(loop.module, module)
+
+
+@pytest.mark.parametrize("step", [3, 8, 14])
+def test_a_schedule_that_is_fitted_to_the_phases_resumes_bit_identical(step: int) -> None:
+    options: dict[str, Any] = {"scheduler": one_cycle, "interval": "step", "schedule": {0: 0.5, 2: 1.0}}
+    whole = Loop(**options).train()
+    part = Loop(TinyModule(seed=5), **options).load(Loop(**options).train(step).save())
+    if part.epoch_step:
+        part.inq.advance(part.epoch)
+    part.train()
+    part.inq.finish()
+    assert_same_state(part.module, whole.module)
+    assert part.rates == whole.rates[step:]
+
+
+def test_a_schedule_of_unknown_pace_is_named_with_what_would_tell_it() -> None:
+    loop = Loop(scheduler=one_cycle, interval="step", steps_per_epoch=float("inf"))
+    with pytest.warns(UserWarning, match=r"OneCycleLR cannot be fitted to the phases.*INQ\(steps_per_epoch=\.\.\.\)"):
+        loop.inq.advance(0)
 
 
 @pytest.mark.parametrize("inq_first", [False, True], ids=["inq-last", "inq-first"])
@@ -137,82 +169,30 @@ def test_a_loop_resumed_at_any_step_ends_bit_identical(step: int, inq_first: boo
     assert part.inq.quantized_fraction == 1.0
 
 
+@pytest.mark.parametrize("inq_late", [False, True], ids=["inq-made-first", "inq-made-last"])
+def test_a_state_that_an_optimizer_begins_with_is_put_back_after_resuming(inq_late: bool) -> None:
+    """INQ knows from its checkpoint what it was, even where the optimizer has loaded another one already."""
+    options: dict[str, Any] = {"optimizer": lambda p: Adagrad(p, 0.05), "reset_optimizer": True}
+    whole = Loop(**options).train()
+    file = Loop(**options).train(6).save()
+    part = Loop(TinyModule(seed=5), **options)
+    if inq_late:
+        part.load(file)
+        part.inq.release()
+        part.inq = INQ(part.module, part.optimizer, **part.arguments)
+        file.seek(0)
+    part.load(file)
+    part.inq.advance(part.epoch)
+    part.train()
+    assert_same_state(part.module, whole.module)
+
+
 def test_a_state_in_steps_resumes_in_the_middle_of_a_phase() -> None:
     options: dict[str, Any] = {"schedule": "alexnet", "epochs": float("inf"), "steps": 16}  # spread over the steps
     whole = Loop(**options).train(in_steps=True)
     part = Loop(TinyModule(seed=5), **options).load(Loop(**options).train(6, in_steps=True).save())
     part.train(in_steps=True)
     assert_same_state(part.module, whole.module)
-
-
-FOR_THE_LOOP: dict[str, Callable[[Optimizer], Any]] = {
-    "epoch": lambda o: CosineAnnealingLR(o, 4),
-    "step": lambda o: OneCycleLR(o, 0.1, total_steps=4 * BATCHES),
-}
-
-
-@pytest.mark.parametrize("each", FOR_THE_LOOP)
-def test_a_schedule_made_for_the_loop_is_run_whole_in_each_phase_as_in_a_trainer(
-    each: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    make, schedule = FOR_THE_LOOP[each], {0: 0.5, 2: 1.0}
-    loop = Loop(scheduler=make, schedule=schedule)
-    loop.each = each
-    with caplog.at_level(logging.INFO):
-        loop.train()
-    assert f"spans the whole run of {'4 epochs' if each == 'epoch' else '16 steps'}" in caplog.text
-    module = TinyModule(scheduler=lambda o: {"scheduler": make(o), "interval": each})
-    trainer(INQCallback(schedule=schedule)).fit(module)
-    assert_same_state(loop.module, module)
-    assert loop.rates[:8] == loop.rates[8:]
-    assert min(loop.rates) < 0.02
-    assert max(loop.rates) > 0.09
-    loop.inq.finish()
-    assert type(loop.scheduler) is type(make(loop.optimizer))
-
-
-@pytest.mark.parametrize("each", FOR_THE_LOOP)
-@pytest.mark.parametrize("step", [0, 3, 4, 6, 8, 13])
-def test_a_loop_with_such_a_schedule_resumes_bit_identical(each: str, step: int) -> None:
-    def start(seed: int = 0) -> Loop:
-        loop = Loop(TinyModule(seed=seed), scheduler=FOR_THE_LOOP[each], schedule={0: 0.5, 2: 1.0})
-        loop.each = each
-        return loop
-
-    whole = start().train()
-    part = start(5).load(start().train(step).save())
-    if part.epoch_step:
-        part.inq.advance(part.epoch)
-    part.train()
-    assert_same_state(part.module, whole.module)
-    assert part.rates == whole.rates[step:]
-
-
-def test_a_schedule_made_for_the_loop_is_named_where_the_length_of_an_epoch_is_not_known() -> None:
-    loop = Loop(scheduler=FOR_THE_LOOP["epoch"], schedule={0: 0.5, 2: 1.0}, steps_per_epoch=math.inf)
-    with pytest.warns(
-        UserWarning, match=r"CosineAnnealingLR cannot be fitted to the phases: .*say steps_per_epoch="
-    ) as w:
-        loop.inq.advance(0)
-    assert w[0].filename == __file__
-
-
-def test_inq_in_the_middle_of_a_loop_fits_what_is_left_of_the_schedule() -> None:
-    loop = middle()
-    left = [group["lr"] for group in remaining_rates(loop)]
-    options: dict[str, Any] = {"schedule": {0: 0.5, 2: 1.0}, "epochs": 6, "steps_per_epoch": BATCHES}
-    loop.inq = INQ(loop.module, loop.optimizer, schedulers=[loop.scheduler], **options)
-    loop.train(6 * BATCHES)
-    assert loop.rates == [left[i] for i in (0, 0, 1, 1, 2, 2, 3, 3)] * 2
-
-
-def remaining_rates(loop: Loop) -> list[dict[str, Any]]:
-    """Of its third to sixth epoch, without INQ."""
-    scheduler, groups = copy.deepcopy(loop.scheduler), []
-    for _ in range(4):
-        groups.append(dict(scheduler.optimizer.param_groups[0]))
-        scheduler.step()
-    return groups
 
 
 def middle(scheduler: Any = lambda o: CosineAnnealingLR(o, 8)) -> Loop:
@@ -393,8 +373,35 @@ def test_finish_removes_the_hooks_and_names_the_layer_that_something_has_moved()
     loop.module.loss(loop.module.batches[0]).backward()
     assert loop.module.net[0].weight.grad.any()
     loop.optimizer.step()  # on its own again
-    with pytest.raises(RuntimeError, match=r"net\.0\.weight: \d+ of 112 frozen weights are not at their values"):
+    with pytest.raises(RuntimeError, match=r"net\.0\.weight: \d+ of 112 frozen weights, .* have been put back"):
         loop.inq.finish()
+
+
+def test_what_moves_frozen_weights_between_steps_is_named_at_the_next_epoch_and_they_are_put_back() -> None:
+    loop = Loop().train(BATCHES)
+    before = weights(loop.module, loop.inq)["net.0.weight"]  # type: ignore[arg-type]
+    mask = loop.inq.frozen_mask("net.0.weight")
+    loop.module.net[0].weight.data.clamp_(-0.1, 0.1)
+    with pytest.warns(UserWarning, match=r"net\.0\.weight: \d+ of 56 frozen weights were changed.*frozen_mask"):
+        loop.inq.advance(1)
+    assert same_bits(loop.module.net[0].weight.detach()[mask], before[mask])
+    loop.train()
+    loop.module.net[0].weight.data.clamp_(-0.1, 0.1)
+    loop.inq.finish()  # which it was said of before
+    assert_quantized(loop.module, loop.inq)  # type: ignore[arg-type]
+
+
+def test_layers_of_an_unknown_type_are_named_when_inq_begins() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.randn(4, 4))
+
+    module = nn.Sequential(nn.Linear(4, 4), Own())
+    inq = INQ(module, SGD(module.parameters()), epochs=4)
+    with pytest.warns(UserWarning, match=r"1\.matrix"):
+        inq.advance(0)
+    assert inq.coverage.total == 32
 
 
 def test_a_loop_that_ends_early_says_so() -> None:
@@ -491,7 +498,7 @@ def test_a_state_of_other_settings_is_refused() -> None:
         part.inq.advance(1)
     module = TinyModule()
     state = Loop().train(6).inq.state_dict()
-    with pytest.raises(ValueError, match="had 1 schedulers, this one has 0"):
+    with pytest.raises(ValueError, match="written with 1 schedulers, here are 0"):
         INQ(module, SGD(module.parameters()), epochs=4).load_state_dict(state)
 
 
