@@ -199,11 +199,11 @@ class FrozenWeight:
             copy: Look at this tensor of the parameter's shape instead, one that was saved for instance.
         """
         weight = sharding.local(self.parameter if copy is None else copy)
-        moved = 0
+        counts = []
         for w, value in zip(split(weight), split(self._values.to(weight.device)), strict=True):
             off = w != value
-            moved += int((off if self.frozen == self.numel else off.logical_and_(bits_of(value) != 0)).count_nonzero())
-        return moved
+            counts.append((off if self.frozen == self.numel else off.logical_and_(bits_of(value) != 0)).count_nonzero())
+        return int(torch.stack(counts).sum())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the weights themselves do not tell, in plain numbers and one uint8 tensor.

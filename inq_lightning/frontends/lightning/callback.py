@@ -219,7 +219,7 @@ class INQCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave whole weights for a checkpoint; Lightning calls no other hook after an exception or Ctrl-C."""
-        self.quantizer.restore()  # the interruption may lie between an update and its step hook
+        self._drift.interrupt()
         self._release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -236,7 +236,7 @@ class INQCallback(Callback):
         See :func:`inq_lightning.frontends.lightning.record.of`.
         """
         if self.layers:
-            moved = self._drift.before_save(trainer.lightning_module, checkpoint["state_dict"], trainer.training)
+            moved = self._drift.before_save(trainer.lightning_module, checkpoint.get("state_dict"), trainer.training)
             checkpoint["inq"] = record.of(self.quantizer, moved)
 
     @property

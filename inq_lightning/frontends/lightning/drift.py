@@ -39,9 +39,10 @@ class DriftWatch:
     """Looks for frozen weights that have moved, where a look costs little, and holds those that move again and again.
 
     A look compares all frozen weights with their values, which takes about as long as two optimizer steps. There is one
-    at the beginning and one at the end of each epoch; and one before and one within the first two batches of an epoch
-    or phase and after a validation, and the last batch of an epoch. Once weights have been found to move, all are put
-    back before every batch and every validation too.
+    at the beginning and one at the end of each epoch; one before each of the first two batches of an epoch, of a phase
+    and after a validation, and one within the first of them, when it has been through its backward pass; likewise
+    before and within the last batch of an epoch. Once weights have been found to move, all are put back before every
+    batch and every validation too.
 
     Attributes:
         found: Names of the parameters of which frozen weights have moved.
@@ -109,7 +110,9 @@ class DriftWatch:
             self._restore(module)
         self.expect()
 
-    def before_save(self, module: LightningModule, saved: Mapping[str, Tensor], training: bool) -> dict[str, int]:
+    def before_save(
+        self, module: LightningModule, saved: Mapping[str, Tensor] | None, training: bool
+    ) -> dict[str, int]:
         """How many frozen weights have other values in a ``state_dict`` that is about to be saved, by parameter.
 
         They are put back, in it too, where they have moved in training. In an evaluation they may have been swapped for
@@ -136,10 +139,14 @@ class DriftWatch:
         moved = {name: count for name, weight in weights if (count := weight.drifted()) and name not in self.found}
         self._quantizer.restore()
         if trainer.strategy.reduce_boolean_decision(bool(moved), all=False):
-            trial = getattr(trainer, "fast_dev_run", False)
-            saved = "" if trial else f", and the finished run is saved in {leave_checkpoint(trainer)}"
             what = self._quantizer.listing(moved) if moved else "frozen weights of another process"
-            raise RuntimeError(_AT_THE_END.format(weights=what, saved=saved))
+            raise RuntimeError(_AT_THE_END.format(weights=what, saved=leave_checkpoint(trainer)))
+
+    def interrupt(self) -> None:
+        """Training ends before its time, perhaps between an update and its step hook: leave whole weights."""
+        if self._fitting:
+            self._quantizer.restore()
+        self._fitting = False
 
     def _restore(self, module: LightningModule) -> None:
         sharding.reshard(module)
@@ -147,8 +154,13 @@ class DriftWatch:
 
 
 def leave_checkpoint(trainer: Trainer) -> str:
-    """Save a checkpoint beside those of ModelCheckpoint, or else in the Trainer's folder; returns its path."""
+    """Save a checkpoint beside those of ModelCheckpoint, or else in the Trainer's folder; returns what to say of it."""
+    if getattr(trainer, "fast_dev_run", False):
+        return ""
     folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
     path = f"{folder}/inq-end-step={trainer.global_step}.ckpt"  # the folder may be a URL
-    trainer.save_checkpoint(path)
-    return path
+    try:
+        trainer.save_checkpoint(path)
+    except Exception as error:  # whatever it is, it must not hide what there is to say
+        return f", but the finished run could not be saved in {path} ({type(error).__name__}: {error})"
+    return f", and the finished run is saved in {path}"
