@@ -47,3 +47,11 @@ def test_options_that_the_other_run_does_not_tell_are_no_difference() -> None:
 )
 def test_every_way_to_say_a_schedule_becomes_one(schedule: object, phases: Schedule) -> None:
     assert Options(bits=3, schedule=schedule).phases == phases  # type: ignore[arg-type]
+
+
+def test_rules_that_come_to_the_same_at_the_bits_in_use_are_no_difference() -> None:
+    assert Options(bits=5).differences({"exponent": "max"}) == []
+    assert Options(bits=2).differences({"exponent": "mse"}) == []
+    assert Options(bits=4, exponent="mse").differences({"exponent": "auto"}) == []
+    assert Options(bits=2).differences({"exponent": "max"}) == ["exponent: 'max' in the checkpoint, 'auto' here"]
+    assert Options(bits=5, layer_bits={"head": 3}).differences({"exponent": "max"}) != []

@@ -171,7 +171,16 @@ def text(plan: Plan) -> str:
 
 def test_the_table_tells_layers_phases_and_sizes() -> None:
     shown = text(INQCallback(schedule=SCHEDULE, exclude=["net.3"]).plan(TinyModule()))
-    for cell in ("net.0.weight", "14×8", "begins at epoch", "0.875", "net.3.weight", "856", "478"):
+    for cell in (
+        "net.0.weight",
+        "14×8",
+        "begins at epoch",
+        "0.875",
+        "net.3.weight",
+        "856",
+        "478",
+        "112 of 168 (66.7%)",
+    ):
         assert cell in shown
     assert "zeros that stay" not in shown
 

@@ -21,7 +21,7 @@ from inq_lightning import (
     to_packed,
     to_torchao,
 )
-from inq_lightning.formats.layers import candidate_grids, find_grids
+from inq_lightning.formats.layers import candidate_grids, find_grids, off_grid
 from inq_lightning.grid import fit_grid
 from inq_lightning.grid.recognize import holds
 
@@ -144,3 +144,45 @@ def test_a_state_dict_has_the_grids_of_its_network() -> None:
     embedding = nn.Sequential(nn.Embedding(4, 4), quantized(nn.Linear(4, 4)))
     assert list(find_grids(embedding)) == ["1.weight"]
     assert candidate_grids(embedding.state_dict())["0.weight"] is None
+
+
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(4, 4))
+        self.head = nn.Linear(4, 4)
+
+
+def test_parameters_of_layers_of_ones_own_count_where_they_are_on_a_grid() -> None:
+    net = Own()
+    net.head = quantized(net.head)
+    assert list(find_grids(net)) == ["head.weight"]
+    assert off_grid(net, find_grids(net)) == ["matrix"]
+    net.matrix.data = torch.full((4, 4), 0.5)
+    assert list(find_grids(net)) == ["matrix", "head.weight"]
+    assert off_grid(net, find_grids(net)) == []
+
+
+def test_a_network_without_a_matrix_on_a_grid_is_refused() -> None:
+    net = Own()
+    del net.head
+    with pytest.raises(ValueError, match="no matrix of weights that is on a grid"):
+        find_grids(net)
+    with pytest.raises(ValueError, match="no matrix of weights that is on a grid"):
+        find_grids(nn.Sequential(nn.BatchNorm1d(4)))
+
+
+def test_computed_weights_that_were_left_out_are_told_and_do_not_stand_in_the_way() -> None:
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), quantized(nn.Linear(4, 4)))
+    grids = find_grids(net)
+    assert list(grids) == ["1.weight"]
+    assert off_grid(net, grids) == [f"0.parametrizations.weight.original{i}" for i in (0, 1)]
+
+
+def test_a_tied_weight_is_on_its_grid_under_each_of_its_names() -> None:
+    net = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4, bias=False))
+    net[1] = quantized(net[1])
+    net[0].weight = net[1].weight
+    assert off_grid(net, find_grids(net)) == []
+    state = net.state_dict()
+    assert off_grid(state, {"1.weight": find_grids(net)["0.weight"]}) == []

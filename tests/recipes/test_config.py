@@ -131,7 +131,7 @@ def test_other_arguments_of_the_trainer_can_be_added() -> None:
 def test_the_presets_of_the_bit_widths_share_baseline_and_data_and_low_ones_get_what_they_need(bits: int) -> None:
     cfg = plain(configure(f"experiment=cifar10_resnet20_{bits}bit", "data.path=images.npz"))
     assert cfg["inq"]["bits"] == bits
-    assert cfg["inq"]["exponent"] == ("max" if bits == 5 else "mse")
+    assert cfg["inq"]["exponent"] == "auto"
     assert cfg["model"]["distillation"] > 0
     shared = plain(configure("experiment=cifar10_resnet20", "data.path=images.npz"))
     assert all(cfg[key] == shared[key] for key in ("data", "pretrain"))

@@ -77,6 +77,14 @@ def test_every_snippet_of_the_tutorial_runs(folder: Path) -> None:
             exec(compile(re.sub(r"max_epochs=\d+", "max_epochs=4", cell.source), "tutorial.md", "exec"), names)
 
 
+def test_what_a_run_says_of_a_network_is_shown_as_it_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (DOCS / "how-to" / "select.md").read_text()
+    shown = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", page, re.DOTALL)
+    assert shown
+    exec(compile(shown[1], "select.md", "exec"), {"__name__": "snippet"})
+    assert capsys.readouterr().out == shown[2]
+
+
 @pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(folder: Path) -> None:
     notebook = nbformat.read(DOCS / "tutorial.ipynb", as_version=4)

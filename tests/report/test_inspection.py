@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -325,6 +326,92 @@ def test_the_reference_of_another_network_is_an_error(files: Files, tmp_path: Pa
     torch.save({"net.9.weight": torch.zeros(3, 3)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"the reference has no net\.0\.weight"):
         inspect_file(files.quantized, tmp_path / "other.pt")
+
+
+# ---- what is not quantized -------------------------------------------------------------------------------------------
+
+
+class Partly(TinyModule):
+    """A table and a parameter of the module's own beside what is quantized, and a buffer of two dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(5, 8)
+        self.own = nn.Parameter(torch.randn(8, 8))
+        self.register_buffer("positions", torch.randn(3, 8))
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        return super().loss(((x + self.embed(y) + self.positions[0]) @ self.own, y))
+
+
+@pytest.fixture(scope="module")
+def partly(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Partly, INQCallback]:
+    path = tmp_path_factory.mktemp("partly") / "quantized.ckpt"
+    module, callback = Partly(), INQCallback(schedule=SCHEDULE, exclude=["net.3"])
+    run = trainer(callback)
+    run.fit(module)
+    run.save_checkpoint(path, weights_only=False)
+    return path, module, callback
+
+
+OUT = {"own": "own layer type", "net.3.weight": "excluded", "embed.weight": "embedding"}
+
+
+def test_a_checkpoint_of_which_a_part_is_quantized_tells_what_is_not_and_why(
+    partly: tuple[Path, Partly, INQCallback], capsys: pytest.CaptureFixture[str]
+) -> None:
+    inspection = inspect_file(partly[0])
+    assert not inspection.fully_quantized
+    assert inspection.left_out == OUT
+    assert inspection.quantized_fraction == 112 / (112 + 56 + 40 + 64)
+    main([str(partly[0])])
+    shown = capsys.readouterr().out
+    assert re.search(r"fully quantized +no", shown)
+    for name, reason in OUT.items():
+        assert re.search(rf"not quantized \({reason}\) +{re.escape(name)}", shown)
+    main([str(partly[0]), "--json"])
+    assert json.loads(capsys.readouterr().out)["left_out"] == OUT
+
+
+@pytest.mark.parametrize("source", ["module", "state_dict"])
+def test_an_artifact_of_which_a_part_is_quantized_tells_what_is_not(
+    partly: tuple[Path, Partly, INQCallback], source: str, tmp_path: Path
+) -> None:
+    module, layers = partly[1], partly[2].layers
+    saved = save_packed(module if source == "module" else module.state_dict(), tmp_path / "net", layers=layers)
+    # A state_dict does not tell a buffer from a parameter.
+    expected = {*OUT, *(["positions"] if source == "state_dict" else [])}
+    assert set(saved.off_grid) == expected
+    inspection = inspect_file(tmp_path / "net")
+    assert not inspection.fully_quantized
+    assert set(inspection.left_out) == expected
+
+
+def test_a_checkpoint_of_an_older_release_is_judged_by_all_its_matrices(
+    partly: tuple[Path, Partly, INQCallback], tmp_path: Path
+) -> None:
+    checkpoint = torch.load(partly[0], weights_only=True)
+    for said in ({"quantized_fraction": 1.0, "fully_quantized": True}, None, [1], {"left_out": {"own": 3}}):
+        checkpoint["inq"] = said
+        torch.save(checkpoint, tmp_path / "older.ckpt")
+        inspection = inspect_file(tmp_path / "older.ckpt")
+        assert not inspection.fully_quantized
+        assert inspection.left_out == dict.fromkeys([*OUT, "positions"], "")
+
+
+def test_a_network_whose_own_weights_are_quantized_too_is_fully_quantized(tmp_path: Path) -> None:
+    module, callback = Partly(), INQCallback(schedule=SCHEDULE, include=["*"])
+    run = trainer(callback)
+    run.fit(module)
+    run.save_checkpoint(tmp_path / "whole.ckpt", weights_only=False)
+    save_packed(module, tmp_path / "layers", layers=callback.layers)
+    save_packed(module, tmp_path / "by itself")
+    for name in ("whole.ckpt", "layers", "by itself"):
+        inspection = inspect_file(tmp_path / name)
+        assert inspection.fully_quantized
+        assert inspection.left_out == {}
 
 
 # ---- inq-inspect -----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from inq_lightning import INQCallback
+from inq_lightning.core.coverage import Coverage, LeftOut
 from inq_lightning.core.layer import Layer
 from inq_lightning.report.run import Report
 from inq_lightning.report.tables import report_table
@@ -167,3 +168,14 @@ def test_the_table_keeps_the_metrics_order() -> None:
 def test_the_table_takes_metrics_names_as_they_are() -> None:
     report = Report({"acc[top5]": 0.5}, {"acc[top5]": 0.5}, 1.0, [5], 1, 17, 1, 1, 5.0, 1.0)
     assert rows(report)[0] == "acc[top5]"
+
+
+def test_the_report_tells_how_much_of_the_network_is_quantized_and_what_is_not(tmp_path: Path) -> None:
+    coverage = Coverage.of(18, [LeftOut("table.weight", (3, 2), "embedding", "Embedding")])
+    report = Report.of(*quantized(tmp_path), {}, {}, 3.0, coverage)
+    console = Console(file=io.StringIO(), width=200)
+    console.print(report_table(report))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "18 of 24 (75.0%)" in shown
+    assert "6 of embeddings: table.weight; embeddings=True" in shown
+    assert report.as_dict()["coverage"]["left_out"][0]["reason"] == "embedding"

@@ -297,6 +297,39 @@ def test_an_open_schedule_keeps_its_timetable_when_a_longer_run_resumes(tmp_path
     assert_quantized(module, inq)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_checkpoint_of_the_paper_s_rule_resumes_by_default_where_that_is_the_same(
+    version: int, tmp_path: Path
+) -> None:
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = TinyModule()
+    trainer(INQCallback(schedule=SCHEDULE, exponent="max"), keep, enable_checkpointing=True).fit(whole)
+    path = tmp_path / "step=6.ckpt"
+    if version == 1:  # which kept no options, and of a grid n1 alone
+        checkpoint = torch.load(path)
+        state = checkpoint["callbacks"]["INQCallback"]
+        for layer in state["layers"].values():
+            layer["n1"] = layer.pop("grid")["n1"]
+        checkpoint["callbacks"]["INQCallback"] = {k: v for k, v in state.items() if k != "options"} | {"version": 1}
+        torch.save(checkpoint, path)
+    module, inq = TinyModule(), INQCallback(schedule=SCHEDULE)
+    trainer(inq).fit(module, ckpt_path=path)
+    assert_quantized(module, inq)
+    assert_same_state(whole, module)
+
+
+def test_a_checkpoint_of_another_rule_than_the_bits_ask_for_is_refused_by_name(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    options = {"bits": 2, "schedule": SCHEDULE}
+    whole = TinyModule()
+    trainer(INQCallback(**options, exponent="max"), keep, enable_checkpointing=True).fit(whole)
+    with pytest.raises(ValueError, match="exponent: 'max' in the checkpoint, 'auto' here"):
+        trainer(INQCallback(**options)).fit(TinyModule(), ckpt_path=tmp_path / "step=6.ckpt")
+    module, inq = TinyModule(), INQCallback(**options, exponent="max")
+    trainer(inq).fit(module, ckpt_path=tmp_path / "step=6.ckpt")
+    assert_same_state(whole, module)
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
