@@ -1,4 +1,4 @@
-"""Makes the figure of docs/how-to/learning-rate.md: ``python docs/learning_rates.py [FOLDER]``.
+"""Makes the figure of docs/how-to/learning-rate.md: ``python tools/learning_rates.py [FOLDER]``.
 
 Trains a layer with usual learning-rate schedules, without INQ and with it, and draws the rate of every step.
 """
@@ -105,7 +105,7 @@ def draw(axes: Axes, example: Example) -> None:
 
 def main() -> None:
     """Run and draw."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "images"
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "docs" / "images"
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "inq"}
     mpl.rcParams.update(style)
