@@ -43,6 +43,8 @@ def test_the_python_snippets_of_every_document_run_in_their_order(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     snippets = blocks(document, "python")
+    if any("from transformers" in code for code in snippets):
+        pytest.importorskip("transformers", reason="needs the extra huggingface")
     names = {"__name__": "snippet", "model": TinyModule(), "data": None, "checkpoint": tmp_path / "last.ckpt"}
     if any("checkpoint" in code for code in snippets):
         from support import trainer
@@ -135,10 +137,14 @@ def test_the_readme_promises_two_commands_that_the_makefile_has() -> None:
     [
         ("trainer.py", "100% of the weights are powers of two or zero"),
         ("plain_pytorch.py", "100.0% quantized"),
+        ("fabric.py", "100.0% quantized"),
+        ("huggingface.py", "100.0% of 14 matrices quantized"),
         ("hydra_app/app.py", "bits 4, quantized 100%"),
     ],
 )
 def test_the_examples_run(script: str, expected: str, tmp_path: Path) -> None:
+    if script == "huggingface.py":
+        pytest.importorskip("transformers", reason="needs the extra huggingface")
     overrides = {"hydra_app/app.py": ["inq.bits=4", "inq/schedule=alexnet", "inq.schedule.epochs_per_phase=1"]}
     command = [sys.executable, str(ROOT / "examples" / script), *overrides.get(script, [])]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
