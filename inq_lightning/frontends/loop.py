@@ -21,7 +21,6 @@ from inq_lightning.core.plan import Plan
 from inq_lightning.core.quantizer import Quantizer, StepHooks
 from inq_lightning.core.schedule import Length, Unit
 
-
 _log = logging.getLogger(__name__)
 
 
@@ -45,9 +44,9 @@ class INQ:
         model: The module; what DataParallel and DistributedDataParallel have wrapped is found within. Its weights are
             selected when INQ begins, and those that become trainable later when they do.
         optimizer: Its optimizer, or a list of several.
-        schedulers: Their learning-rate schedulers, a list of all: they begin anew at each phase, see ``restart_lr``. One
-            made for the whole loop is run whole in each phase, as long as the loop steps optimizers once a batch, and
-            ``steps_per_epoch`` is given; the loop's own calls of its ``step`` do nothing then.
+        schedulers: Their learning-rate schedulers, a list of all: they begin anew at each phase, see ``restart_lr``.
+            Where ``steps_per_epoch`` is given, or the schedule counts in steps, one that was made for the whole loop is
+            run whole in each phase; calls of its ``step`` do nothing then.
         epochs: How many epochs the loop has, counted as :meth:`advance` does.
         steps: How many optimizer steps it has, for one that counts in steps.
         steps_per_epoch: How many of them an epoch has.
