@@ -44,8 +44,9 @@ class Options:
         keep_zeros: Freeze the weights that are exactly zero when INQ begins, at zero, for pruned networks (the paper's
             section 3.5); portions then count the others. Weights under :mod:`torch.nn.utils.prune` are quantized in
             place, as ``weight_orig``.
-        restart_lr: Put learning rates and their schedulers back to where they began, at each phase.
-        reset_optimizer: Forget the optimizers' state (momentum, second moments) at each phase.
+        restart_lr: Put learning rates and their schedulers back to where they began, at each phase; a schedule made for
+            the whole run is run whole in each, in less time.
+        reset_optimizer: Put the optimizers' state (momentum, second moments) back to what it began with, at each phase.
         log_per_layer: Log each layer's quantized fraction too.
         seed: Seed of the random partition.
         phases: The schedule that ``schedule`` stands for; not an argument.

@@ -255,11 +255,10 @@ def is_whole(curve: Sequence[float], steps: int) -> bool:
         return True
     head, rest = curve[: steps + 1], curve[steps:]
     peak = max(head)
-    fall = head[next(i for i, rate in enumerate(head) if rate >= peak * (1 - _SLACK)) :]
     return (
         not is_constant(curve[: max(steps, 1)])
         and max(rest) <= peak * (1 + _SLACK)
-        and min(rest) >= min(fall) - peak * _SLACK
+        and min(rest) >= min(_fall(head)) - peak * _SLACK
     )
 
 
@@ -289,10 +288,19 @@ def position(done: int, total: int, steps: int) -> int:
 
 
 def _unit(curve: Sequence[float], steps: Mapping[str, float]) -> str:
-    """What a scheduler counts: the fewer where its schedule is over by then, or a little later."""
+    """What a scheduler counts: the fewer where its rate is by then, or a little later, as low as it ever gets."""
     fewer = min(steps, key=lambda unit: steps[unit])
-    over = is_whole(curve, 2 * int(steps[fewer])) or (pace(curve) or math.inf) < steps[fewer]
-    return fewer if over else max(steps, key=lambda unit: steps[unit])
+    fall = _fall(curve[: 2 * int(steps[fewer]) + 1])
+    over = not is_constant(fall) and min(fall) <= min(curve) + fall[0] * _SLACK
+    if over or (pace(curve) or math.inf) < steps[fewer]:
+        return fewer
+    return max(steps, key=lambda unit: steps[unit])
+
+
+def _fall(curve: Sequence[float]) -> Sequence[float]:
+    """The part of a curve from its peak on."""
+    peak = max(curve) * (1 - _SLACK)
+    return curve[next(i for i, rate in enumerate(curve) if rate >= peak) :]
 
 
 def _rate(scheduler: Any) -> float:

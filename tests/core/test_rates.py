@@ -312,6 +312,8 @@ def test_where_it_could_be_epochs_or_batches_the_curve_tells() -> None:
         (lambda o: s.CosineAnnealingLR(o, 8), "8 epochs"),
         (lambda o: s.PolynomialLR(o, 9), "8 epochs"),
         (lambda o: s.LambdaLR(o, lambda epoch: 1 - max(0, epoch + 1 - 4) / 5), "8 epochs"),  # below zero after the end
+        (lambda o: s.StepLR(o, 2), "8 epochs"),
+        (lambda o: s.LinearLR(o, 0.1, total_iters=12), "40 steps"),
         (lambda o: s.CosineAnnealingLR(o, RUN), "40 steps"),
         (lambda o: s.OneCycleLR(o, 0.1, total_steps=RUN), "40 steps"),
     ):
