@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -36,8 +36,8 @@ class Grid(Protocol):
         """Code length of one weight."""
 
     @property
-    def codes(self) -> range:
-        """All codes."""
+    def codes(self) -> Sequence[int]:
+        """All codes, ascending."""
 
     @property
     def levels(self) -> Tensor:
