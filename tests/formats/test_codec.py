@@ -68,6 +68,7 @@ def test_packed_bytes_are_those_of_the_documented_layout_and_come_back(case: tup
     assert torch.equal(unpack(packed, bits, len(values)), codes)
 
 
+@settings(deadline=None)
 @given(bits=st.integers(2, 7), layout=st.sampled_from(["full", "dense"]), data=st.data())
 def test_layouts_that_waste_no_codes_come_back_too(bits: int, layout: Layout, data: st.DataObject) -> None:
     codes = PowerOfTwoGrid(0, bits, family=layout).codes
