@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from inq_lightning._version import __version__
 
 if TYPE_CHECKING:
+    from inq_lightning.closed_form.quantize import quantize
     from inq_lightning.core.frozen import FrozenWeight
     from inq_lightning.core.options import Options
     from inq_lightning.core.quantizer import Quantizer
@@ -34,12 +35,14 @@ __all__ = [
     "__version__",
     "export_onnx",
     "load_packed",
+    "quantize",
     "save_packed",
     "select_parameters",
     "to_packed",
 ]
 
 _HOMES = {
+    "closed_form.quantize": ["quantize"],
     "core.frozen": ["FrozenWeight"],
     "core.options": ["Options"],
     "core.quantizer": ["Quantizer"],

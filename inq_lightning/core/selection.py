@@ -40,6 +40,7 @@ def select_parameters(
     layer_bits: Mapping[str, int] | None = None,
     embeddings: bool = False,
     pruned: bool = False,
+    trainable_only: bool = True,
 ) -> list[Selected]:
     """Select the weights to quantize, in the module's order.
 
@@ -58,6 +59,7 @@ def select_parameters(
         layer_bits: Another bit width for what matches a pattern; the last matching pattern counts.
         embeddings: Whether embedding tables are candidates too.
         pruned: Whether to take weights under :mod:`torch.nn.utils.prune`, as ``weight_orig`` with their masks.
+        trainable_only: Whether to leave out weights that are not trained, as of a frozen backbone.
 
     Raises:
         ValueError: A pattern matches nothing, a bit width is not allowed, a selected weight is computed from other
@@ -98,7 +100,7 @@ def select_parameters(
                 f"{name} belongs to a lazy layer and has no shape yet; run one batch through it before training the "
                 "module with INQ, or exclude it"
             )
-        if not parameter.requires_grad:
+        if trainable_only and not parameter.requires_grad:
             continue
         width = next((b for pattern, b in reversed(widths.items()) if _matches(candidate, [pattern])), bits)
         selected.append(Selected(own_names.get(id(parameter), name), parameter, width, mask))
