@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from inq_lightning.closed_form.solve import Moments
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -112,6 +114,32 @@ class Channels:
         self.count = 0
         self.means = torch.zeros(2, 1, dtype=torch.float64)
         self.spread = torch.zeros(3, 1, dtype=torch.float64)
+
+    @classmethod
+    def of(cls, moments: Moments, before: Tensor, levels: Tensor, norm: Norm) -> Channels:
+        """What goes into a batch norm and should come out of it, without another pass.
+
+        Args:
+            moments: Of the layer before it, with the weights ``before``.
+            before: Weights, (groups, outputs, inputs).
+            levels: What they have become.
+            norm: The full-precision network's norm.
+        """
+        assert norm.mean is not None
+        assert norm.variance is not None
+        about, count = moments.about_means(), moments.count
+        actual = moments.wanted - moments.e + ((levels - before) @ moments.x[..., None])[..., 0]
+        own = (levels @ about.xx * levels).sum(2)
+        both = (levels * (before @ about.xx + about.xe.mT)).sum(2)
+        factor = (norm.variance.double() + norm.eps).rsqrt() * (1.0 if norm.weight is None else norm.weight)
+        goal = (moments.wanted / count).flatten() - norm.mean
+        seen = cls()
+        seen.count = int(count[0])
+        seen.means = torch.stack(
+            [(actual / count).flatten(), goal * factor + (0.0 if norm.bias is None else norm.bias)]
+        )
+        seen.spread = torch.stack([own.flatten(), about.power.flatten() * factor.square(), both.flatten() * factor])
+        return seen
 
     def add(self, actual: Tensor, wanted: Tensor, channel: int) -> None:
         """Add values of the same shape, float32 or float64."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from inq_lightning.closed_form.feeding import Call, read_batches
-from inq_lightning.closed_form.norms import Channels, refit
+from inq_lightning.closed_form.norms import Channels, Norm, refit
 from inq_lightning.closed_form.solve import Moments, approach, damped, target
 from inq_lightning.closed_form.watch import Capture, Enough, Trace, Use
 from inq_lightning.core.layer import Layer, plain_name
@@ -137,9 +137,14 @@ class _Walk:
             plain_name(name): tensor for name, tensor in [*self.copy.named_parameters(), *self.copy.named_buffers()]
         }
         self.refitted: set[str] = set()
+        self.settled: set[str] = set()  # norms that were refitted with the weight before them
+        self.trace = Trace(self.wanted, self.bits)
 
     def run(self, progress: Callable[[int, int, str], None]) -> ClosedForm:
-        uses = self._trace()
+        with self.trace:
+            for call in self.calls:
+                self.trace.end_pass(_forward(self.wanted, call))
+        uses = self.trace.uses
         found: dict[str, ClosedFormLayer] = {}
         for name in self.bits:
             if why := _why_nearest(self.tensors[name], uses.get(name)):
@@ -148,6 +153,8 @@ class _Walk:
         biases = [bias for name in self.bits if name in uses for bias in uses[name].biases]
         for done, name in enumerate(steps):
             progress(done, len(steps), name)
+            if name in self.settled:
+                continue
             if name in self.bits:
                 own = uses[name].biases
                 bias = next(iter(own)) if len(own) == 1 else None
@@ -158,18 +165,11 @@ class _Walk:
         self._restore()
         return ClosedForm(self.copy, [found[name] for name in self.bits], sorted(self.refitted))
 
-    def _trace(self) -> dict[str, Use]:
-        """What is done with every weight and norm."""
-        trace = Trace(self.wanted, self.bits)
-        with trace:
-            for call in self.calls:
-                trace.end_pass(_forward(self.wanted, call))
-        return trace.uses
-
     def _solve(self, name: str, use: Use, bias: str | None) -> ClosedFormLayer:
         """Put a weight on the levels with which its outputs come nearest to what is wanted."""
         weight, layout = self.tensors[name], use.layouts[0]
-        matrix = layout.matrix(weight).double()
+        before = layout.matrix(weight).double()
+        matrix = before.clone()
         grid: Grid | None = None
         columns = [slice(start, start + COLUMNS) for start in range(0, matrix.shape[2], COLUMNS)]
         rescale = use.only_normed and len(columns) == 1
@@ -183,7 +183,9 @@ class _Walk:
             change = levels * factor[..., None] - matrix[..., block]
             matrix[..., block] = levels
             weight.copy_(layout.weight(matrix, weight.shape))
-        if bias and not use.only_normed:
+        if rescale and len(use.norms) == 1:
+            self._refit_after(next(iter(use.norms)), use, moments, before, matrix)
+        elif bias and not use.only_normed:
             constant = self.tensors[bias]
             self._change(bias, constant + moments.mean_error(change).reshape(constant.shape))
         return self._record(name, grid, snr_db=about.snr_db(change))
@@ -193,8 +195,7 @@ class _Walk:
         groups, outputs, inputs = matrix[..., block].shape
         moments = Moments(groups, inputs, outputs, matrix.device)
         for (product, actual), wanted in self._calls(name, use):
-            # Where a network's own choice, as of experts, leads elsewhere than before, there is nothing to compare.
-            goal = wanted[1] if wanted is not None and wanted[1].shape == actual.shape else actual
+            goal = wanted[1] if wanted is not None and _comparable(actual, wanted[1]) else actual
             group = slice(None) if product.group is None else slice(product.group, product.group + 1)
             for x, y, aim in product.layout.rows(product.input, actual, goal):
                 moments.add(_wide(x[..., block]), _wide(y), _wide(aim), group)
@@ -209,14 +210,28 @@ class _Walk:
         """Fit a norm to what is wanted of it, if anything before it has changed."""
         seen, changed = Channels(), False
         for (norm, actual), wanted in self._calls(name, use):
-            if wanted is None or wanted[1].shape != actual.shape:
+            if wanted is None or not _comparable(actual, wanted[1]):
                 continue
             changed |= not torch.equal(actual, wanted[1])
             seen.add(_wide(norm.input if norm.mean is not None else actual), _wide(wanted[1]), norm.channel)
         if changed:
-            refit(norm, seen)
-            own = {id(tensor) for tensor in norm.tensors}
-            self.refitted |= {name for name, tensor in self.tensors.items() if id(tensor) in own}
+            self._apply(norm, seen)
+
+    def _refit_after(self, name: str, use: Use, moments: Moments, before: Tensor, levels: Tensor) -> None:
+        """The same of a batch norm right after a weight and after no other, by the weight's moments alone."""
+        norm = self.trace.uses[name].norm
+        if norm is None or self.trace.uses[name].calls != use.calls:
+            return
+        own: dict[str, Any] = {
+            key: self.tensors[known] for key, tensor in vars(norm).items() if (known := self.trace.name(tensor))
+        }
+        self._apply(replace(norm, **own), Channels.of(moments, before, levels, norm))
+        self.settled.add(name)
+
+    def _apply(self, norm: Norm, seen: Channels) -> None:
+        refit(norm, seen)
+        own = {id(tensor) for tensor in norm.tensors}
+        self.refitted |= {name for name, tensor in self.tensors.items() if id(tensor) in own}
 
     def _calls(self, name: str, use: Use) -> Iterator[tuple[tuple[Any, Tensor], tuple[Any, Tensor] | None]]:
         """Each call of a weight or norm in the quantized network with the one in the full-precision network."""
@@ -283,6 +298,14 @@ def _capture(model: nn.Module, name: str, count: int, call: Call) -> list[tuple[
     with capture, suppress(Enough):
         _forward(model, call)
     return capture.found
+
+
+def _comparable(actual: Tensor, wanted: Tensor) -> bool:
+    """Whether two outputs are of the same inputs, which a network's own choice, as of experts, may have changed."""
+    if actual.shape != wanted.shape:
+        return False
+    actual, wanted = _wide(actual), _wide(wanted)
+    return not bool((wanted - actual).square().mean() > wanted.var(correction=0))
 
 
 def _wide(tensor: Tensor) -> Tensor:

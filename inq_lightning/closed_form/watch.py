@@ -77,20 +77,24 @@ class Use:
         calls: How often each pass, by its number, multiplies by it or normalizes.
         layouts: The different ways in which it is multiplied with; none for a norm.
         biases: Names of what is added to its products; None stands for nothing, and for what is no parameter.
-        normed: How many of its products go into a batch norm.
-        elsewhere: Whether any of them goes somewhere else.
+        taken: How often its products are used.
+        normed: How often of these by a batch norm with running statistics.
+        norms: Names of these batch norms.
+        norm: Of a norm, what it is, without its input.
     """
 
     calls: Counter[int] = field(default_factory=Counter)
     layouts: list[Layout] = field(default_factory=list)
     biases: set[str | None] = field(default_factory=set)
+    taken: int = 0
     normed: int = 0
-    elsewhere: bool = False
+    norms: set[str] = field(default_factory=set)
+    norm: Norm | None = None
 
     @property
     def only_normed(self) -> bool:
         """Whether a batch norm, and nothing else, takes each of its products."""
-        return not self.elsewhere and self.normed == self.calls.total()
+        return self.calls.total() == self.normed == self.taken
 
 
 class Trace(Watch):
@@ -115,7 +119,7 @@ class Trace(Watch):
         """A pass has ended and returned this."""
         self.passes += 1
         for tensor in _tensors(output):
-            self._taken(tensor, by_norm=False)
+            self._taken(tensor)
 
     def on_product(self, name: str, product: Product, output: Tensor) -> None:
         """Note it."""
@@ -130,7 +134,13 @@ class Trace(Watch):
 
     def on_norm(self, name: str, norm: Norm, output: Tensor) -> None:
         """Note it."""
-        self._use(name).calls[self.passes] += 1
+        use = self._use(name)
+        use.calls[self.passes] += 1
+        use.norm = replace(norm, input=norm.input.new_empty(0))
+        if norm.mean is not None and norm.input in self._made:
+            product = self._made[norm.input]
+            product.normed += 1
+            product.norms.add(name)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -142,17 +152,15 @@ class Trace(Watch):
         output = super().__torch_function__(func, types, args, kwargs)
         if any(True for _ in _tensors(output)):  # not size(), dim() and the like
             for tensor in given:
-                self._taken(tensor, by_norm=func is functional.batch_norm)
+                self._taken(tensor)
         return output
 
     def _use(self, name: str) -> Use:
         return self.uses.setdefault(name, Use())
 
-    def _taken(self, tensor: Tensor, by_norm: bool) -> None:
+    def _taken(self, tensor: Tensor) -> None:
         if tensor in self._made:
-            use = self._made[tensor]
-            use.normed += by_norm
-            use.elsewhere |= not by_norm
+            self._made[tensor].taken += 1
 
 
 class Enough(BaseException):  # so that no model's `except Exception` takes it for its own

@@ -412,7 +412,8 @@ def test_forward_passes_that_draw_or_write_do_not_leak() -> None:
     assert torch.equal(batches[0], vectors()[0])
 
 
-def test_where_the_networks_part_ways_each_layer_keeps_to_its_own_outputs() -> None:
+@pytest.mark.parametrize("by_threshold", [True, False])
+def test_where_the_networks_part_ways_each_layer_keeps_to_its_own_outputs(by_threshold: bool) -> None:
     class Expert(nn.Module):
         """Which rows the second layer sees depends on what the first one says."""
 
@@ -421,10 +422,11 @@ def test_where_the_networks_part_ways_each_layer_keeps_to_its_own_outputs() -> N
             self.gate, self.expert = nn.Linear(12, 12), nn.Linear(12, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            x = self.gate(x)
-            return self.expert(x[x[:, 0] > 0])  # type: ignore[no-any-return]
+            gate = self.gate(x)
+            chosen = gate[:, 0] > 0 if by_threshold else gate[:, 0].argsort()
+            return self.expert(x[chosen])  # type: ignore[no-any-return]
 
-    found = quantize(made(Expert), vectors(), 3)
+    found = quantize(made(Expert), vectors(), 2)
     assert all(layer.snr_db is not None and layer.snr_db > 5 for layer in found.layers)
 
 
