@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from inq_lightning._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from inq_lightning.closed_form.quantize import quantize
     from inq_lightning.core.frozen import FrozenWeight
     from inq_lightning.core.options import Options
     from inq_lightning.core.quantizer import Quantizer
@@ -53,6 +54,7 @@ __all__ = [
     "inspect_file",
     "load_packed",
     "phase_length",
+    "quantize",
     "read_accelerator",
     "read_checkpoint",
     "read_onnx",
@@ -66,6 +68,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "closed_form.quantize": ["quantize"],
     "core.frozen": ["FrozenWeight"],
     "core.options": ["Options"],
     "core.quantizer": ["Quantizer"],

@@ -262,7 +262,7 @@ class FrozenWeight:
         reduce = sharding.reduction(self.parameter)
         try:
             if self.grid is None or len(self.grid.codes) == 1:  # of zeros, which holds nothing else
-                return PowerOfTwoGrid.from_weights(weight, self.bits, self.underflow, self.exponent, reduce)
+                return PowerOfTwoGrid.from_weights(weight, self.bits, self.underflow, self.exponent, reduce=reduce)
             check_finite(largest_magnitude(weight, reduce))
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error

@@ -24,7 +24,7 @@ from inq_lightning.formats.contents import Contents
 from inq_lightning.formats.graph import OPSET, Array, Weight, as_examples, initializer, is_linear, trace
 from inq_lightning.formats.layers import find_grids
 from inq_lightning.grid import Grid, from_spec
-from inq_lightning.grid.base import largest_multiple, table_order
+from inq_lightning.grid.base import largest_multiple, span, table_order
 
 SessionMode = Literal["exact", "low-memory", "fast"]
 Activations = Literal["float", "int8"]
@@ -196,9 +196,11 @@ def _decode(graph: Any, weight: Weight) -> None:
         scale = initializer(graph, f"{value.name}.scale", weight.scale(_unit(grid, dtype)))
         nodes = [ir.node("DequantizeLinear", [stored, scale], {"axis": weight.axis}, outputs=[value])]
     else:
-        dtype = next(LOOKED_UP[bits] for bits in LOOKED_UP if bits >= grid.bits)
-        stored = initializer(graph, f"{value.name}.codes", codes.astype(int) - grid.codes.start, dtype)
-        levels = initializer(graph, f"{value.name}.levels", grid.levels.numpy(), "FLOAT")
+        places = span(grid.codes)
+        dtype = next(LOOKED_UP[bits] for bits in LOOKED_UP if 1 << bits >= len(places))
+        stored = initializer(graph, f"{value.name}.codes", codes.astype(int) - places.start, dtype)
+        table = np.ldexp(grid.multiples(torch.tensor(places)).numpy(), grid.step)
+        levels = initializer(graph, f"{value.name}.levels", table, "FLOAT")
         index = ir.node("Cast", [stored], {"to": ir.DataType.INT32})
         if weight.factors.ndim:
             level = ir.node("Gather", [levels, index.outputs[0]])

@@ -34,7 +34,7 @@ from inq_lightning._version import __version__
 from inq_lightning.core.layer import Layer, plain_name
 from inq_lightning.core.schedule import Schedule
 from inq_lightning.core.size import bytes_at
-from inq_lightning.formats.codec import pack, pack_entropy, unpack, unpack_entropy
+from inq_lightning.formats.codec import layout_of, pack, pack_entropy, unpack, unpack_entropy
 from inq_lightning.formats.contents import Contents
 from inq_lightning.formats.layers import candidate_grids, check_complete, off_grid
 from inq_lightning.formats.tensors import (
@@ -171,9 +171,9 @@ def _code(weight: Tensor, grid: Grid, entropy_coded: bool) -> tuple[Tensor, dict
     codes = encode(grid, weight)
     record = {"grid": grid.spec(), "shape": list(weight.shape), "dtype": dtype_name(weight.dtype)}
     if not entropy_coded:
-        return pack(codes, grid.bits).cpu(), record
+        return pack(codes, grid.bits, layout_of(grid.codes, grid.bits)).cpu(), record
     digest = hashlib.sha256(_bytes(codes.cpu())).hexdigest()
-    return pack_entropy(codes, grid.bits), record | {"codes_sha256": digest}
+    return pack_entropy(codes, grid.bits, layout_of(grid.codes, grid.bits)), record | {"codes_sha256": digest}
 
 
 def _rounding(name: str, value: Tensor, stored: Tensor) -> float:
@@ -344,7 +344,8 @@ class _File:
         weights = torch.empty(math.prod(layer.shape), dtype=layer.dtype)
         try:
             layer.grid.check_dtype(layer.dtype)
-            codes = (unpack if layer.sha256 is None else unpack_entropy)(packed, layer.grid.bits, weights.numel())
+            unpacked, bits = unpack if layer.sha256 is None else unpack_entropy, layer.grid.bits
+            codes = unpacked(packed, bits, weights.numel(), layout_of(layer.grid.codes, bits))
             digest = None if layer.sha256 is None else hashlib.sha256(_bytes(codes)).hexdigest()
             _require(digest == layer.sha256, "other codes than were saved")
             for part, chunk in zip(torch.split(weights, _CHUNK), torch.split(codes, _CHUNK), strict=True):

@@ -33,6 +33,6 @@ def from_spec(spec: Mapping[str, Any]) -> Grid:
     """
     one_of("the kind of a grid", spec.get("kind"), GRIDS)
     try:
-        return GRIDS[spec["kind"]](**{name: value for name, value in spec.items() if name != "kind"})
+        return GRIDS[spec["kind"]].from_spec(spec)
     except TypeError as error:
         raise ValueError(f"{dict(spec)} describes no grid: {error}") from error

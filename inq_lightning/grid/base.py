@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -36,8 +36,8 @@ class Grid(Protocol):
         """Code length of one weight."""
 
     @property
-    def codes(self) -> range:
-        """All codes."""
+    def codes(self) -> Sequence[int]:
+        """All codes, ascending."""
 
     @property
     def levels(self) -> Tensor:
@@ -73,9 +73,14 @@ class Grid(Protocol):
         """Everything that :func:`~inq_lightning.grid.from_spec` needs, as plain JSON values."""
 
 
-def table_order(codes: range) -> list[int]:
+def span(codes: Sequence[int]) -> range:
+    """All whole numbers from the lowest code to the highest, 0 also where it is none."""
+    return range(codes[0], codes[-1] + 1)
+
+
+def table_order(codes: Sequence[int]) -> list[int]:
     """Codes in the order of a table that is indexed by the code itself, where a negative one counts from the end."""
-    return [*range(codes.stop), *range(codes.start, 0)]
+    return [*range(codes[-1] + 1), *range(codes[0], 0)]
 
 
 def largest_multiple(grid: Grid) -> int:

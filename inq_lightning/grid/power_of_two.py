@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from inq_lightning._common import one_of
 from inq_lightning.grid.base import WHOLE, Reduction
+from inq_lightning.grid.levels import Levels, LevelsLike, levels_of, name_of
 
 Underflow = Literal["nearest", "truncate"]
 Exponent = Literal["auto", "max", "mse"]
@@ -39,27 +41,39 @@ def fit_rule(exponent: Exponent, bits: int) -> Literal["max", "mse"]:
 
 @dataclass(frozen=True)
 class PowerOfTwoGrid:
-    """The values 0 and ±2^k for n2 ≤ k ≤ n1 of one tensor (Zhou et al., ICLR 2017, section 2.1).
+    """Powers of two, their negatives and zero: the values of one tensor (Zhou et al., ICLR 2017, section 2.1).
+
+    By default they are 0 and ±2^k for n2 ≤ k ≤ n1.
 
     Attributes:
         n1: Exponent of the largest level; None for a tensor of zeros, whose only level is 0.
-        bits: Code length of one weight, 2 to 8; there are 2^(bits-2) magnitudes.
+        bits: Code length of one weight, 2 to 8.
         underflow: What becomes of weights below the smallest level: ``"nearest"`` rounds at half of it (equation 4),
             ``"truncate"`` sends all of them to zero (the paper's text).
+        family: Which powers of two there are, and whether there is a zero; see
+            :func:`~inq_lightning.grid.levels.levels_of`.
 
     Raises:
-        ValueError: ``n1``, ``bits`` or ``underflow`` is none of the allowed values.
+        ValueError: An attribute is none of the allowed values; zeros, or ``underflow="truncate"``, without a zero.
     """
 
     n1: int | None
     bits: int = 5
     underflow: Underflow = "nearest"
+    family: LevelsLike = "paper"
+    _family: Levels = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.n1 is not None and type(self.n1) is not int:
             raise ValueError(f"n1 must be a whole number or None, got {self.n1!r}")
         check_bits(self.bits)
         one_of("underflow", self.underflow, Underflow)
+        family = levels_of(self.family, self.bits)
+        object.__setattr__(self, "family", name_of(family, self.bits))
+        object.__setattr__(self, "_family", family)
+        if not family.zero and (self.n1 is None or self.underflow == "truncate"):
+            what = "a tensor of zeros" if self.n1 is None else "underflow='truncate'"
+            raise ValueError(f"{what} needs a zero, which levels={self.family!r} lacks; use levels='full'")
 
     @classmethod
     def from_weights(
@@ -68,6 +82,7 @@ class PowerOfTwoGrid:
         bits: int = 5,
         underflow: Underflow = "nearest",
         exponent: Exponent = "max",
+        family: LevelsLike = "paper",
         reduce: Reduction = WHOLE,
     ) -> PowerOfTwoGrid:
         """Fit the grid to the weights.
@@ -79,6 +94,7 @@ class PowerOfTwoGrid:
             exponent: How n1 is chosen. ``"max"``: by the largest weight, n1 = floor(log2(4·max|w| / 3)) (equation 2),
                 computed exactly. ``"mse"``: that one or a lower one, whichever rounds the weights with the least
                 squared error; the few weights beyond it saturate. ``"auto"``: see :func:`fit_rule`.
+            family: See the class.
             reduce: How what is found in the local piece becomes what holds for all shards.
 
         Raises:
@@ -87,7 +103,7 @@ class PowerOfTwoGrid:
         """
         one_of("exponent", exponent, Exponent)
         check_floating(w)
-        grid = cls.from_max(largest_magnitude(w, reduce), w.dtype, bits, underflow)
+        grid = cls.from_max(largest_magnitude(w, reduce), w.dtype, bits, underflow, family)
         if fit_rule(exponent, bits) == "max":
             return grid
         grids = grid.lower(w.dtype)
@@ -95,7 +111,14 @@ class PowerOfTwoGrid:
         return grids[int(reduce.sum(errors).argmin())]
 
     @classmethod
-    def from_max(cls, s: float, dtype: torch.dtype, bits: int = 5, underflow: Underflow = "nearest") -> PowerOfTwoGrid:
+    def from_max(
+        cls,
+        s: float,
+        dtype: torch.dtype,
+        bits: int = 5,
+        underflow: Underflow = "nearest",
+        family: LevelsLike = "paper",
+    ) -> PowerOfTwoGrid:
         """Fit the grid to the largest magnitude ``s`` of a tensor of type ``dtype``, as :meth:`from_weights` does.
 
         Raises:
@@ -103,9 +126,9 @@ class PowerOfTwoGrid:
         """
         check_finite(s)
         if s == 0:
-            return cls(None, bits, underflow)
+            return cls(None, bits, underflow, family)
         m, e = math.frexp(s)  # s = m·2^e with m in [0.5, 1), so 4s/3 is at least 2^e exactly when m ≥ 3/4
-        grid = cls(e if m >= 0.75 else e - 1, bits, underflow)
+        grid = cls(e if m >= 0.75 else e - 1, bits, underflow, family)
         grid.check_dtype(dtype)
         return grid
 
@@ -122,19 +145,24 @@ class PowerOfTwoGrid:
 
     @property
     def n2(self) -> int | None:
-        """Exponent of the smallest non-zero level, n1 + 1 - 2^(bits-2); None where ``n1`` is."""
-        return None if self.n1 is None else self.n1 + 1 - self.magnitudes
+        """Exponent of the smallest non-zero level (the paper's: n1 + 1 - 2^(bits-2)); None where ``n1`` is."""
+        return None if self.n1 is None else self.n1 - self._family.exponents[-1]
 
     @property
     def magnitudes(self) -> int:
-        """How many non-zero magnitudes the bit width has, 2^(bits-2)."""
-        return 1 << (self.bits - 2)
+        """How many non-zero magnitudes there are (the paper's: 2^(bits-2))."""
+        return len(self._family.exponents)
 
     @property
-    def codes(self) -> range:
-        """All codes: 0 for zero, ±k for ±2^(n2 + k - 1)."""
+    def has_zero(self) -> bool:
+        """Whether 0 is a level."""
+        return self._family.zero
+
+    @property
+    def codes(self) -> Sequence[int]:
+        """All codes, ascending: 0 for zero, ±k for the k-th magnitude from below, with either sign."""
         largest = 0 if self.n1 is None else self.magnitudes
-        return range(-largest, largest + 1)
+        return [code for code in range(-largest, largest + 1) if code or self.has_zero]
 
     @property
     def step(self) -> int:
@@ -149,7 +177,7 @@ class PowerOfTwoGrid:
 
     @property
     def levels(self) -> Tensor:
-        """All values of the grid, ascending: float64, exact, shape (2·magnitudes + 1,); (1,) for a grid of zeros."""
+        """All values of the grid, ascending: float64, exact, 1-D; (0,) alone for a grid of zeros."""
         return self.decode(torch.tensor(self.codes), torch.float64)
 
     def check_dtype(self, dtype: torch.dtype) -> None:
@@ -187,17 +215,20 @@ class PowerOfTwoGrid:
             return torch.zeros_like(w)
         # Wide enough that all levels are normal numbers, whose bits the next step reads.
         magnitude = w.abs().to(torch.float64 if w.dtype is torch.float64 or self.n2 < -125 else torch.float32)
-        integer, fraction = (torch.int64, 52) if magnitude.dtype is torch.float64 else (torch.int32, 23)
-        # The exponent bits, after adding half a unit to them, are those of the nearest power of two: 1.5·2^k is rounded
-        # up to 2^(k+1), anything smaller down to 2^k.
-        level = magnitude.view(integer).add(1 << fraction - 1).bitwise_and_(-1 << fraction).view(magnitude.dtype)
+        if self._family.consecutive:
+            level = _nearest_power(magnitude).clamp_(math.ldexp(1.0, self.n2), math.ldexp(1.0, self.n1))
+        else:
+            levels = self._magnitudes(magnitude)
+            between = (levels[1:] + levels[:-1]) / 2
+            level = levels[torch.bucketize(magnitude, between, right=True)]  # a tie goes up
+        if not self.has_zero:
+            return level.to(w.dtype).copysign_(w + 0.0)  # -0.0 + 0.0 is +0.0: zeros of either sign are rounded alike
         # Under the smallest level β = 2^n2 the lower neighbour is 0, not β/2: from β/2 upwards all goes to β.
         lowest = math.ldexp(1.0, self.n2 - 1 if self.underflow == "nearest" else self.n2)
-        level.clamp_(math.ldexp(1.0, self.n2), math.ldexp(1.0, self.n1)).mul_(magnitude >= lowest)
-        return level.to(w.dtype).copysign_(w).add_(0.0)  # -0.0 + 0.0 is +0.0
+        return level.mul_(magnitude >= lowest).to(w.dtype).copysign_(w).add_(0.0)
 
     def encode(self, w: Tensor) -> Tensor:
-        """Round to the grid, as :meth:`quantize` does, and return codes: 0 for zero, ±k for ±2^(n2 + k - 1).
+        """Round to the grid, as :meth:`quantize` does, and return :attr:`codes`.
 
         Args:
             w: Finite weights of any shape, floating point.
@@ -211,8 +242,10 @@ class PowerOfTwoGrid:
         level = self.quantize(w).double()
         if self.n2 is None:
             return level.to(torch.int8)
-        exponent = torch.frexp(level).exponent  # level = ±1/2 · 2^exponent
-        return (exponent - self.n2).mul_(level.sign().int()).to(torch.int8)
+        above = torch.frexp(level).exponent - 1 - self.n2  # level = ±1/2 · 2^exponent
+        if not self._family.consecutive:
+            above = torch.bucketize(above, torch.tensor(self._family.exponents, device=above.device))
+        return (above + 1).mul_(level.sign().to(above.dtype)).to(torch.int8)
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the values that ``codes`` stand for.
@@ -231,23 +264,53 @@ class PowerOfTwoGrid:
         lowest, highest = self.codes[0], self.codes[-1]
         if codes.numel() and (codes.max() > highest or codes.min() < lowest):
             raise ValueError(f"codes of this {self.bits}-bit grid go from {lowest} to {highest}")
-        positive = [] if self.n2 is None else [math.ldexp(1.0, self.n2 + k) for k in range(self.magnitudes)]
-        # Indexed by the code itself: a negative code counts from the end.
-        table = torch.tensor([0.0, *positive, *(-p for p in reversed(positive))], dtype=torch.float64)
-        values = torch.empty_like(codes, dtype=dtype)
-        return values.copy_(table.to(codes.device, dtype)[codes.int()])
+        if not self.has_zero and not codes.all():
+            raise ValueError(f"codes of this {self.bits}-bit grid are not 0: it has no zero")
+        positive = torch.zeros(0) if self.n2 is None else self._magnitudes(torch.empty(0, dtype=torch.float64))
+        return _by_code(codes, positive.to(dtype))
 
     def multiples(self, codes: Tensor) -> Tensor:
         """The integers that codes stand for in units of 2^step: 0, ±1, ±2, ±4 …; float64, which holds all exactly."""
-        return torch.ldexp(codes.sign().double(), codes.abs() - 1)
+        return _by_code(codes, torch.tensor([2.0**k for k in self._family.exponents], dtype=torch.float64))
 
     def spec(self) -> dict[str, Any]:
         """The grid as plain JSON values; :func:`~inq_lightning.grid.from_spec` makes it again.
 
-        The usual underflow is left out: it matters to rounding, not to what is on the grid, and small files count it.
+        What is usual is left out: small files count it.
         """
-        spec = {"kind": "power_of_two", "n1": self.n1, "bits": self.bits}
-        return spec if self.underflow == "nearest" else spec | {"underflow": self.underflow}
+        spec: dict[str, Any] = {"kind": "power_of_two", "n1": self.n1, "bits": self.bits}
+        if self.underflow != "nearest":
+            spec["underflow"] = self.underflow
+        if self.family != "paper":
+            spec["family"] = asdict(self.family) if isinstance(self.family, Levels) else self.family
+        return spec
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any]) -> PowerOfTwoGrid:
+        """The inverse of :meth:`spec`; TypeError or ValueError where it is none."""
+        values = {name: value for name, value in spec.items() if name != "kind"}
+        if isinstance(family := values.get("family"), Mapping):
+            values["family"] = Levels(**family)
+        return cls(**values)
+
+    def _magnitudes(self, like: Tensor) -> Tensor:
+        """The magnitudes, ascending, in the dtype and on the device of ``like``."""
+        return like.new_tensor([math.ldexp(1.0, self.step + k) for k in self._family.exponents])
+
+
+def _nearest_power(magnitude: Tensor) -> Tensor:
+    """The power of two nearest to each of some normal numbers, a tie going up; float32 or float64."""
+    integer, fraction = (torch.int64, 52) if magnitude.dtype is torch.float64 else (torch.int32, 23)
+    # The exponent bits, after adding half a unit to them, are those of the nearest power of two: 1.5·2^k is rounded up
+    # to 2^(k+1), anything smaller down to 2^k.
+    return magnitude.view(integer).add(1 << fraction - 1).bitwise_and_(-1 << fraction).view(magnitude.dtype)
+
+
+def _by_code(codes: Tensor, positive: Tensor) -> Tensor:
+    """What each code stands for, given what the positive ones do; in the memory format of ``codes``."""
+    # Indexed by the code itself: a negative code counts from the end.
+    table = torch.cat([positive.new_zeros(1), positive, -positive.flip(0)]).to(codes.device)
+    return torch.empty_like(codes, dtype=table.dtype).copy_(table[codes.int()])
 
 
 def largest_magnitude(w: Tensor, reduce: Reduction = WHOLE) -> float:

@@ -20,6 +20,7 @@ from inq_lightning.formats.layers import off_grid
 from inq_lightning.formats.registry import read_file
 from inq_lightning.formats.tensors import memory, place
 from inq_lightning.grid import Grid, PowerOfTwoGrid, fit_grid
+from inq_lightning.grid.base import span
 from inq_lightning.report.plots import Exponents, exponent_heatmap
 
 if TYPE_CHECKING:
@@ -238,11 +239,12 @@ def inspect_layer(
 
 def _shares(grid: Grid, codes: Tensor) -> tuple[float, dict[int, float]]:
     """Shares of the zeros and of each exponent among codes."""
-    found = torch.bincount(codes.int() - grid.codes.start, minlength=len(grid.codes)).tolist()
+    places = span(grid.codes)
+    found = torch.bincount(codes.int() - places.start, minlength=len(places)).tolist()
     zeros, counts = 0, Counter[int]()
-    for level, count in zip(grid.levels.tolist(), found, strict=True):
-        if level:
-            counts[math.frexp(level)[1] - 1] += count
+    for multiple, count in zip(grid.multiples(torch.tensor(places)).tolist(), found, strict=True):
+        if multiple:
+            counts[math.frexp(multiple)[1] - 1 + grid.step] += count
         else:
             zeros += count
     return zeros / codes.numel(), {k: counts[k] / codes.numel() for k in sorted(counts)}

@@ -70,10 +70,17 @@ def to_packed(
         its bits and activations.
 
     Raises:
-        ValueError: ``activations`` is unknown, or parameters are not on their grids.
+        ValueError: ``activations`` is unknown, parameters are not on their grids, or these have other levels than
+            the paper's.
     """
     one_of("activations", activations, Activations)
     grids = find_grids(model, layers, allow_partial)
+    other = [name for name, grid in grids.items() if getattr(grid, "family", "paper") != "paper"]
+    if other:
+        raise ValueError(
+            f"{', '.join(other)} {'has' if len(other) == 1 else 'have'} other levels than the paper's, which packed "
+            "modules do not multiply by; use export_onnx, or save_packed and the network itself"
+        )
     swapped = {
         id(module.weight): grids[name]
         for prefix, module in model.named_modules(remove_duplicate=False)

@@ -11,17 +11,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from inq_lightning.core.size import bytes_at
-from inq_lightning.formats.codec import _CHUNK, pack, pack_entropy, unpack, unpack_entropy
+from inq_lightning.formats.codec import _CHUNK, Layout, layout_of, pack, pack_entropy, unpack, unpack_entropy
+from inq_lightning.grid import PowerOfTwoGrid
 
 BITS = range(2, 9)
 
 
-def oracle(codes: list[int], bits: int) -> bytes:
+def oracle(codes: list[int], bits: int, layout: Layout = "paper") -> bytes:
     """The layout of the docstring, bit by bit."""
     stream = []
     for code in codes:
         nonzero, sign, exponent = int(code != 0), int(code < 0), max(abs(code) - 1, 0)
-        text = f"{nonzero}{sign}" + (f"{exponent:0{bits - 2}b}" if bits > 2 else "")
+        if layout == "paper":
+            text = f"{nonzero}{sign}" + (f"{exponent:0{bits - 2}b}" if bits > 2 else "")
+        else:
+            text = f"{sign}{abs(code) - (layout == 'dense'):0{bits - 1}b}"
         stream += [int(bit) for bit in reversed(text)]
     stream += [0] * (-len(stream) % 8)
     return bytes(sum(bit << i for i, bit in enumerate(stream[k : k + 8])) for k in range(0, len(stream), 8))
@@ -54,6 +58,38 @@ def test_packed_bytes_are_those_of_the_documented_layout_and_come_back(case: tup
     packed = pack(codes, bits)
     assert bytes(packed.tolist()) == oracle(values, bits)
     assert torch.equal(unpack(packed, bits, len(values)), codes)
+
+
+@settings(deadline=None)
+@given(bits=st.integers(2, 7), layout=st.sampled_from(["full", "dense"]), data=st.data())
+def test_layouts_that_waste_no_codes_come_back_too(bits: int, layout: Layout, data: st.DataObject) -> None:
+    codes = PowerOfTwoGrid(0, bits, family=layout).codes
+    values = data.draw(st.lists(st.sampled_from(codes), max_size=70))
+    assert layout_of(codes, bits) == ("paper" if (bits, layout) == (2, "full") else layout)
+    packed = pack(torch.tensor(values, dtype=torch.int8), bits, layout)
+    assert bytes(packed.tolist()) == oracle(values, bits, layout)
+    assert unpack(packed, bits, len(values), layout).tolist() == values
+    coded = pack_entropy(torch.tensor(values, dtype=torch.int8), bits, layout)
+    assert unpack_entropy(coded, bits, len(values), layout).tolist() == values
+
+
+def test_codes_that_a_layout_lacks_are_refused() -> None:
+    with pytest.raises(ValueError, match="from -4 to 4, without 0, others"):
+        pack(torch.tensor([1, 0], dtype=torch.int8), 3, "dense")
+    for layout, code in (("dense", 5), ("full", -4)):
+        with pytest.raises(ValueError, match="others were given"):
+            pack(torch.tensor([code], dtype=torch.int8), 3, layout)
+    with pytest.raises(ValueError, match="negative zero"):
+        unpack(torch.tensor([0b100], dtype=torch.uint8), 3, 1, "full")
+    with pytest.raises(ValueError, match="padding"):
+        unpack(torch.tensor([0b1000], dtype=torch.uint8), 3, 1, "dense")
+
+
+@pytest.mark.parametrize("layout", ["full", "dense"])
+def test_other_layouts_come_back_across_the_borders_of_chunks(layout: Layout) -> None:
+    grid = PowerOfTwoGrid(0, 3, family=layout)
+    codes = grid.encode(torch.randn(2 * _CHUNK + 9, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(unpack(pack(codes, 3, layout), 3, codes.numel(), layout), codes)
 
 
 @pytest.mark.parametrize("bits", BITS)

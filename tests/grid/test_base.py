@@ -11,13 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inq_lightning.grid import Grid, PowerOfTwoGrid, from_spec
+from inq_lightning.grid.levels import Levels
 
-GRIDS = st.builds(
+PAPER = st.builds(
     PowerOfTwoGrid,
     st.one_of(st.none(), st.integers(-60, 60)),
     st.integers(2, 8),
     st.sampled_from(["nearest", "truncate"]),
 )
+OTHERS = st.builds(
+    PowerOfTwoGrid,
+    st.integers(-60, 60),
+    st.integers(2, 7),
+    st.just("nearest"),
+    st.sampled_from(["full", "dense", Levels(False, (0, 1)), Levels(True, (0,)), Levels(False, (0, 200))]),
+)
+GRIDS = PAPER | OTHERS
 
 
 @given(grid=GRIDS)

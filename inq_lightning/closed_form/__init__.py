@@ -1,0 +1,1 @@
+"""A trained network quantized without training: each layer solved for, from the input to the output."""

@@ -1,0 +1,92 @@
+"""Networks on other levels than the paper's: what each format makes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support import same_bits
+from torch import nn
+
+from inq_lightning import (
+    PowerOfTwoGrid,
+    export_onnx,
+    inspect_file,
+    load_packed,
+    read_onnx,
+    save_accelerator,
+    save_packed,
+    to_packed,
+)
+from inq_lightning.core.layer import Layer
+from inq_lightning.formats.accelerator import NUMBER_FORMATS
+from inq_lightning.grid.levels import levels_of
+
+LEVELS = [("dense", 2), ("dense", 3), ("dense", 4), ("dense", 5), ("full", 3), ("full", 4), ("full", 5)]
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 3)
+    ).eval()
+
+
+def quantized(levels: str, bits: int) -> tuple[nn.Sequential, list[Layer]]:
+    net, layers = network(), []
+    for name in ("0.weight", "4.weight", "6.weight"):
+        w = net.get_parameter(name)
+        grid = PowerOfTwoGrid.from_weights(w.detach(), bits, exponent="mse", family=levels)  # type: ignore[arg-type]
+        w.data.copy_(grid.quantize(w))
+        layers.append(Layer(name, tuple(w.shape), bits, grid, w.numel()))
+    return net, layers
+
+
+@pytest.mark.parametrize("entropy_coded", [False, True])
+@pytest.mark.parametrize(("levels", "bits"), LEVELS)
+def test_an_artifact_gives_every_weight_back(levels: str, bits: int, entropy_coded: bool, tmp_path: Path) -> None:
+    net, layers = quantized(levels, bits)
+    path = tmp_path / "net.safetensors"
+    save_packed(net, path, layers=layers, entropy_coded=entropy_coded)
+    again = load_packed(path, network())
+    assert all(
+        same_bits(a.float(), b.float())
+        for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True)
+    )
+    inspection = inspect_file(path)
+    assert inspection.fully_quantized
+    assert [layer.bits for layer in inspection.layers] == [bits] * 3
+    assert levels == "full" or all(layer.zeros == 0 for layer in inspection.layers)
+
+
+@pytest.mark.parametrize(("levels", "bits"), LEVELS)
+def test_an_onnx_file_computes_the_same_and_gives_every_weight_back(levels: str, bits: int, tmp_path: Path) -> None:
+    net, layers = quantized(levels, bits)
+    path = tmp_path / "net.onnx"
+    assert export_onnx(net, path, torch.randn(2, 1, 4, 4), layers=layers) < 1e-5
+    contents = read_onnx(path)
+    for layer in layers:
+        assert torch.equal(contents.state_dict[layer.name], net.get_parameter(layer.name))
+
+
+@pytest.mark.parametrize("target", ["mxfp4", "mxfp6", "fp8", "int8"])
+@pytest.mark.parametrize(("levels", "bits"), LEVELS)
+def test_an_accelerator_file_is_exact_or_is_refused(levels: str, bits: int, target: str, tmp_path: Path) -> None:
+    net, layers = quantized(levels, bits)
+    path = tmp_path / "net.safetensors"
+    powers = {"mxfp4": 4, "mxfp6": 9, "fp8": 18, "int8": 7}[target]  # of two that an element can be
+    if bits <= NUMBER_FORMATS[target].max_bits and levels_of(levels, bits).exponents[-1] < powers:  # type: ignore[arg-type]
+        save_accelerator(net, path, target, layers=layers)  # type: ignore[arg-type]
+        assert inspect_file(path).fully_quantized
+        return
+    with pytest.raises(ValueError, match=r"bit for bit|at most"):
+        save_accelerator(net, path, target, layers=layers)  # type: ignore[arg-type]
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(("levels", "bits"), LEVELS)
+def test_packed_modules_refuse_them_by_name(levels: str, bits: int) -> None:
+    net, layers = quantized(levels, bits)
+    with pytest.raises(ValueError, match=r"0\.weight, 4\.weight, 6\.weight have other levels"):
+        to_packed(net, layers=layers)
