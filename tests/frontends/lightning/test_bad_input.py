@@ -469,7 +469,7 @@ class Manual(TinyModule):
 IN_STEPS = Schedule([0.5, 1.0], [0, 9], "step")
 
 
-@pytest.mark.parametrize("kind", [Streamed, Manual])
+@pytest.mark.parametrize("kind", [Streamed])
 @pytest.mark.parametrize(
     ("schedule", "options", "message"),
     [
