@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from inq_lightning.frontends.lightning.phases import phase_length
     from inq_lightning.frontends.lightning.progress import INQProgressBar
     from inq_lightning.frontends.loop import INQ
-    from inq_lightning.grid import PowerOfTwoGrid, fit_grid
+    from inq_lightning.grid import Levels, PowerOfTwoGrid, fit_grid
     from inq_lightning.report.inspection import inspect_file
     from inq_lightning.runtime.modules import to_packed
     from inq_lightning.runtime.torchao import to_torchao
@@ -44,6 +44,7 @@ __all__ = [
     "INQMonitor",
     "INQProgressBar",
     "INQTrainerCallback",
+    "Levels",
     "Options",
     "PowerOfTwoGrid",
     "Quantizer",
@@ -86,7 +87,7 @@ _HOMES = {
     "frontends.lightning.phases": ["phase_length"],
     "frontends.lightning.progress": ["INQProgressBar"],
     "frontends.loop": ["INQ"],
-    "grid": ["PowerOfTwoGrid", "fit_grid"],
+    "grid": ["Levels", "PowerOfTwoGrid", "fit_grid"],
     "report.inspection": ["inspect_file"],
     "runtime.modules": ["to_packed"],
     "runtime.torchao": ["to_torchao"],

@@ -16,9 +16,13 @@ from inq_lightning._common import one_of
 from inq_lightning.core import sharding
 from inq_lightning.core.layer import Layer
 from inq_lightning.core.partition import Partition, scores, select
-from inq_lightning.grid import Exponent, Grid, PowerOfTwoGrid, Underflow, from_spec
+from inq_lightning.grid import Exponent, Grid, LevelsOption, PowerOfTwoGrid, Underflow, from_spec
+from inq_lightning.grid.base import WHOLE, Reduction
+from inq_lightning.grid.levels import LevelsLike, check_levels, choose_levels, zero_of
 from inq_lightning.grid.power_of_two import check_bits, check_finite, check_floating, largest_magnitude
 from inq_lightning.kernels import bits_of, kernel_for, split
+
+MANY_ZEROS = 0.01  # a layer with a larger share of exact zeros than this gets levels with a zero, by "auto"
 
 
 class Rounding(NamedTuple):
@@ -40,11 +44,12 @@ class FrozenWeight:
         bits: Code length of one weight, 2 to 8.
         underflow: See :class:`~inq_lightning.grid.PowerOfTwoGrid`.
         exponent: How the grid is fitted, see :meth:`~inq_lightning.grid.PowerOfTwoGrid.from_weights`.
+        levels: Which powers of two there are, see :class:`~inq_lightning.Options`.
         grid: The grid, fixed when the first weights freeze; None before.
         frozen: How many weights are frozen, over all shards.
 
     Raises:
-        ValueError: ``bits``, ``underflow`` or ``exponent`` is none of the allowed values.
+        ValueError: ``bits``, ``underflow``, ``exponent`` or ``levels`` is none of the allowed values.
         TypeError: The parameter is not of a floating type.
     """
 
@@ -55,6 +60,7 @@ class FrozenWeight:
         bits: int = 5,
         underflow: Underflow = "nearest",
         exponent: Exponent = "auto",
+        levels: LevelsOption = "auto",
     ) -> None:
         check_bits(bits)
         one_of("underflow", underflow, Underflow)
@@ -65,6 +71,7 @@ class FrozenWeight:
         self.bits = bits
         self.underflow: Underflow = underflow
         self.exponent: Exponent = exponent
+        self.levels = check_levels("levels", levels, bits)
         self.grid: Grid | None = None
         self.frozen = 0
         self._kept = 0  # zeros of a pruned network, which portions do not count
@@ -124,6 +131,10 @@ class FrozenWeight:
         lost, some = map(int, sharding.sum_over_shards(counts, self.parameter))
         return lost / max(1, some)
 
+    def zeros(self) -> float:
+        """Share of the weights that are exactly zero, 0 to 1, over all shards; collective."""
+        return zero_share(sharding.local(self.parameter), sharding.reduction(self.parameter))
+
     def freeze(self, portion: float, partition: Partition = "magnitude", seed: int = 0) -> Rounding:
         """Round and freeze weights until round(portion · numel) are frozen; those frozen before count and stay.
 
@@ -156,18 +167,21 @@ class FrozenWeight:
         if self.grid is not grid:
             self.grid = grid
             self._set_values(self._values.to(grid.storage_dtype))
-        signal = noise = 0.0
+        signal, noise = [], []
         for w, new, value in zip(split(weight), split(chosen), split(self._values), strict=True):
             before = w * new
             after = grid.round(before)  # 0, hence "free", for all the others
-            signal += float(torch.linalg.vector_norm(before, dtype=torch.float64)) ** 2
-            noise += float(torch.linalg.vector_norm(before - after, dtype=torch.float64)) ** 2
+            if 0 not in grid.codes:
+                after.mul_(new).add_(0.0)  # -0.0 becomes +0.0
+                before = before.double()  # the change of a weight near zero has more digits than its type
+            signal.append(torch.linalg.vector_norm(before, dtype=torch.float64))
+            noise.append(torch.linalg.vector_norm(before - after, dtype=torch.float64))
             bits = bits_of(value)
             sign = new.logical_and(after == 0).to(bits.dtype).bitwise_left_shift_(8 * value.element_size() - 1)
             bits.bitwise_or_(bits_of(after.to(value.dtype))).bitwise_or_(sign)
         self.frozen += count
         self.restore()
-        sums = torch.tensor([signal, noise], dtype=torch.float64, device=weight.device)
+        sums = torch.stack([torch.stack(norms).square_().sum() for norms in (signal, noise)])
         return Rounding(*sharding.sum_over_shards(sums, self.parameter).tolist())
 
     def mask_gradient(self) -> None:
@@ -262,11 +276,38 @@ class FrozenWeight:
         reduce = sharding.reduction(self.parameter)
         try:
             if self.grid is None or len(self.grid.codes) == 1:  # of zeros, which holds nothing else
-                return PowerOfTwoGrid.from_weights(weight, self.bits, self.underflow, self.exponent, reduce=reduce)
+                zero = self.underflow == "truncate" or bool(self._kept)
+                family = fit_levels(weight, self.bits, self.levels, zero, reduce)
+                return PowerOfTwoGrid.from_weights(weight, self.bits, self.underflow, self.exponent, family, reduce)
             check_finite(largest_magnitude(weight, reduce))
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
         return self.grid  # whatever the weights have become since: they saturate
+
+
+def fit_levels(
+    weight: Tensor, bits: int, levels: LevelsOption, zero: bool = False, reduce: Reduction = WHOLE
+) -> LevelsLike:
+    """What ``"auto"`` stands for in one tensor; other levels stand for themselves.
+
+    Args:
+        weight: Its weights; of a sharded tensor, the local piece.
+        bits: Code length of one weight.
+        levels: The option.
+        zero: Whether a weight must be able to be zero, whatever the weights are.
+        reduce: How what is found in the local piece becomes what holds for all shards.
+    """
+    chosen = choose_levels(levels, bits, zero)
+    if levels != "auto" or zero_of(chosen):
+        return chosen
+    return choose_levels(levels, bits, zero=zero_share(weight, reduce) > MANY_ZEROS)
+
+
+def zero_share(weight: Tensor, reduce: Reduction = WHOLE) -> float:
+    """Share of weights that are exactly zero, 0 to 1, over all shards."""
+    counts = torch.stack([(weight == 0).count_nonzero(), torch.tensor(weight.numel(), device=weight.device)])
+    zeros, all_weights = reduce.sum(counts).tolist()
+    return float(zeros / max(1, all_weights))
 
 
 def frozen_count(portion: float, numel: int, kept: int = 0) -> int:

@@ -48,6 +48,7 @@ class Matrix:
         layer: The type of the layer.
         computes: Name of the weight that is computed, from this parameter or from others; None for most.
         pruning_mask: What :mod:`torch.nn.utils.prune` multiplies it with; None for most.
+        padded: Whether one of its rows is an embedding's padding, which stays zero.
     """
 
     parameter: nn.Parameter | None
@@ -56,6 +57,7 @@ class Matrix:
     layer: str = ""
     computes: str | None = None
     pruning_mask: Tensor | None = None
+    padded: bool = False
 
     @property
     def name(self) -> str:
@@ -110,6 +112,7 @@ def _add(matrix: Matrix, path: str, layer: nn.Module, name: str, weights: Collec
         matrix.computes = plain_name(whole.lstrip("."))
     names = [plain_name(f"{path}.{name}".lstrip(".")), *([matrix.computes] if matrix.computes else [])]
     matrix.names += [one for one in names if one not in matrix.names]
+    matrix.padded = matrix.padded or getattr(layer, "padding_idx", None) is not None
     kind = _kind(layer, {name, stem} if whole is not None else {name}, weights)
     if not matrix.layer or _RANK.index(kind) > _RANK.index(matrix.kind):
         matrix.kind, matrix.layer = kind, type(layer).__name__

@@ -9,9 +9,10 @@ from typing import Any, Concatenate, ParamSpec, TypeAlias, get_type_hints
 
 from inq_lightning._common import one_of
 from inq_lightning.core.partition import Partition
-from inq_lightning.core.patterns import check_patterns, check_widths
+from inq_lightning.core.patterns import check_layer_levels, check_patterns, check_widths
 from inq_lightning.core.schedule import Schedule, default_preset
-from inq_lightning.grid import Exponent, Underflow
+from inq_lightning.grid import Exponent, LevelsOption, Underflow
+from inq_lightning.grid.levels import check_levels, choose_levels, plain, zero_of
 from inq_lightning.grid.power_of_two import check_bits, fit_rule
 
 P = ParamSpec("P")
@@ -26,7 +27,7 @@ class Options:
     """Arguments of :class:`~inq_lightning.INQCallback` and of every other front end.
 
     Attributes:
-        bits: Code length of one weight, 2 to 8: 2^(bits-2) magnitudes, their signs and zero.
+        bits: Code length of one weight, 2 to 8.
         schedule: When the quantized portion rises, and to what: a :class:`~inq_lightning.Schedule`, a mapping epoch →
             portion such as ``{0: 0.5, 4: 0.75, 8: 0.875, 12: 1.0}``, or the name of a preset. Left out: the paper's
             portions for ``bits``, spread evenly over the run. Epochs count from where INQ began.
@@ -40,6 +41,13 @@ class Options:
             :func:`~inq_lightning.select_parameters`.
         exclude: Leave out parameters that match one of these patterns.
         layer_bits: Bit widths for what matches a pattern, for instance ``{"net.conv1": 8, "net.fc": 8}``.
+        levels: Which powers of two a weight may be, up to a factor for each layer. ``"paper"``: zero and 2^(bits-2)
+            magnitudes, which leaves almost half of the codes unused. ``"full"``: zero and 2^(bits-1) - 1 magnitudes.
+            ``"dense"``: 2^(bits-1) magnitudes and no zero, ±1 and ±4 at 2 bits, ±1, ±4, ±8 and ±16 at 3.
+            ``Levels(zero=…, exponents=…)``: one's own. ``"auto"``: what suits the layer's bits best, ``"dense"`` at 2
+            and 3, ``"full"`` at 4, ``"paper"`` from 5 on; with a zero where it is needed: ``keep_zeros``,
+            ``underflow="truncate"``, the padding of an embedding, or more than a hundredth of the weights exactly zero.
+        layer_levels: Levels for what matches a pattern, for instance ``{"net.fc": "full"}``.
         embeddings: Whether to quantize embedding tables too.
         keep_zeros: Freeze the weights that are exactly zero when INQ begins, at zero, for pruned networks (the paper's
             section 3.5); portions then count the others. Weights under :mod:`torch.nn.utils.prune` are quantized in
@@ -64,6 +72,8 @@ class Options:
     include: Sequence[str] | None = None
     exclude: Sequence[str] = ()
     layer_bits: Mapping[str, int] | None = None
+    levels: LevelsOption = "auto"
+    layer_levels: Mapping[str, LevelsOption] | None = None
     embeddings: bool = False
     keep_zeros: bool = False
     restart_lr: bool = True
@@ -84,17 +94,37 @@ class Options:
         check_patterns("include", self.include)
         check_patterns("exclude", self.exclude)
         check_widths("layer_bits", self.layer_bits)
+        check_layer_levels("layer_levels", self.layer_levels)
+        object.__setattr__(self, "levels", check_levels("levels", self.levels, self.bits))
+        if self.layer_levels is not None:
+            own = {pattern: check_levels("layer_levels", levels) for pattern, levels in self.layer_levels.items()}
+            object.__setattr__(self, "layer_levels", own)
+        self._check_zero()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 31:
             raise ValueError(f"seed must be a whole number from 0 to {(1 << 31) - 1}, got {self.seed!r}")
         object.__setattr__(self, "exclude", self.exclude or ())
         object.__setattr__(self, "phases", _as_schedule(self.schedule, self.bits))
 
+    def _check_zero(self) -> None:
+        """Refuse levels without a zero where zeros are to stay, or to come.
+
+        Raises:
+            ValueError: There are such; the message names both options.
+        """
+        needs = "keep_zeros=True" if self.keep_zeros else "underflow='truncate'" if self.underflow == "truncate" else ""
+        for levels in (self.levels, *(self.layer_levels or {}).values()):
+            if needs and not zero_of(choose_levels(levels, self.bits, zero=True)):
+                raise ValueError(f"{needs} needs a zero, which levels={levels!r} lack; write levels='full'")
+
     def as_dict(self) -> dict[str, Any]:
         """All options but the schedule as plain JSON values."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("schedule", "phases")}
-        for name, plain in (("include", list), ("exclude", list), ("layer_bits", dict)):
+        for name, kind in (("include", list), ("exclude", list), ("layer_bits", dict)):
             if values[name] is not None:
-                values[name] = plain(values[name])
+                values[name] = kind(values[name])
+        values["levels"] = plain(self.levels)
+        if self.layer_levels is not None:
+            values["layer_levels"] = {pattern: plain(levels) for pattern, levels in self.layer_levels.items()}
         return values
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
@@ -108,8 +138,11 @@ class Options:
 
     def _effect(self, name: str, value: Any) -> Any:
         """What an option's value comes to, so that ``exponent="auto"`` resumes what one of its rules has begun."""
+        widths = (self.bits, *(self.layer_bits or {}).values())
         if name == "exponent":
-            return {bits: fit_rule(value, bits) for bits in (self.bits, *(self.layer_bits or {}).values())}
+            return {bits: fit_rule(value, bits) for bits in widths}
+        if name == "levels":
+            return {bits: choose_levels(check_levels(name, value), bits) for bits in widths}
         # The order of patterns counts, which equality of mappings overlooks.
         return list(value.items()) if isinstance(value, Mapping) else value
 

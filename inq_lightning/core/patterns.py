@@ -5,11 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from torch import nn
 
 from inq_lightning.core.layer import plain_name
+from inq_lightning.grid.levels import check_levels
 from inq_lightning.grid.power_of_two import check_bits
+
+T = TypeVar("T")
 
 
 class Patterns:
@@ -29,6 +33,11 @@ class Patterns:
         """Whether a pattern matches a parameter that has these names, by one of them or by its layer's."""
         both = {part for name in names for part in (name, name.rpartition(".")[0])}
         return any(self._fits(name, pattern) for pattern in patterns for name in both)
+
+    def value(self, names: Iterable[str], values: Mapping[str, T] | None, default: T) -> T:
+        """What the last matching pattern gives a parameter that has these names; otherwise the default."""
+        matching = [value for pattern, value in (values or {}).items() if self.match(names, [pattern])]
+        return matching[-1] if matching else default
 
     def check(self, option: str, patterns: Iterable[str], parameters: Collection[Collection[str]]) -> None:
         """Refuse a pattern that matches none of the parameters, each given by its names.
@@ -77,6 +86,20 @@ def check_widths(option: str, widths: object) -> None:
             check_bits(bits)
         except ValueError as error:
             raise ValueError(f"{option}[{pattern!r}]: {error}") from error
+
+
+def check_layer_levels(option: str, levels: object) -> None:
+    """Refuse what is no mapping from patterns to levels.
+
+    Raises:
+        ValueError: ``levels`` is none; the message names the option.
+    """
+    if levels is None:
+        return
+    if not isinstance(levels, Mapping) or not _are_texts(levels, Mapping):
+        raise ValueError(f"{option} must be a mapping pattern → levels, such as {{'net.fc': 'full'}}, got {levels!r}")
+    for pattern, one in levels.items():
+        check_levels(f"{option}[{pattern!r}]", one)
 
 
 def _are_texts(patterns: object, kind: type[Sequence[str]] | type[Mapping[str, int]]) -> bool:

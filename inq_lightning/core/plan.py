@@ -10,11 +10,12 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from inq_lightning.core.coverage import Coverage
-from inq_lightning.core.frozen import frozen_count
+from inq_lightning.core.frozen import fit_levels, frozen_count
 from inq_lightning.core.layer import Layer, plain_name
 from inq_lightning.core.schedule import Schedule, Unit
 from inq_lightning.core.selection import Selected, Selection
 from inq_lightning.core.size import size_of
+from inq_lightning.grid.levels import LevelsLike, plain
 
 
 @dataclass(frozen=True)
@@ -22,17 +23,19 @@ class PlannedLayer(Layer):
     """One parameter that will be quantized.
 
     Attributes:
+        levels: Its levels, see :class:`~inq_lightning.Options`.
         kept: How many of its weights are zero already and stay so (``keep_zeros``); portions count the others.
         counts: How many are frozen once each phase has begun, kept zeros included.
     """
 
+    levels: LevelsLike = "paper"
     kept: int = 0
     counts: tuple[int, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values; ``frozen`` has one number a phase."""
         values = super().as_dict()
-        return values | {"frozen": list(values.pop("counts"))}
+        return values | {"frozen": list(values.pop("counts")), "levels": plain(self.levels)}
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,9 @@ class Plan:
 
 def _planned(selected: Selected, schedule: Schedule, keep_zeros: bool) -> PlannedLayer:
     weight, numel, kept = selected.parameter.detach(), selected.parameter.numel(), 0
+    levels = fit_levels(weight, selected.bits, selected.levels)
     if keep_zeros:
         pruned = weight if selected.pruning_mask is None else weight * selected.pruning_mask
         kept = int((pruned == 0).count_nonzero())
     counts = tuple(frozen_count(portion, numel, kept) for portion in schedule.portions)
-    return PlannedLayer(selected.name, tuple(weight.shape), selected.bits, kept=kept, counts=counts)
+    return PlannedLayer(selected.name, tuple(weight.shape), selected.bits, levels=levels, kept=kept, counts=counts)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from inq_lightning.core import sharding, state
 from inq_lightning.core.coverage import Coverage, LeftOut
-from inq_lightning.core.frozen import FrozenWeight, Rounding
+from inq_lightning.core.frozen import MANY_ZEROS, FrozenWeight, Rounding
 from inq_lightning.core.layer import Layer, named_weights, plain_name
 from inq_lightning.core.optimizers import check_optimizers
 from inq_lightning.core.options import Options
@@ -21,7 +21,7 @@ from inq_lightning.core.plan import Plan
 from inq_lightning.core.rates import Fit, LearningRates
 from inq_lightning.core.restart import OptimizerState
 from inq_lightning.core.schedule import Length, Schedule, Unit
-from inq_lightning.core.selection import Selection, select_parameters
+from inq_lightning.core.selection import Selected, Selection, select_parameters
 from inq_lightning.core.size import snr_db
 from inq_lightning.grid.power_of_two import fit_rule
 
@@ -135,6 +135,8 @@ class Quantizer:
             include=options.include,
             exclude=options.exclude,
             layer_bits=options.layer_bits,
+            levels=options.levels,
+            layer_levels=options.layer_levels,
             embeddings=options.embeddings,
             pruned=options.keep_zeros,
             optimizers=self._optimizers,
@@ -173,13 +175,13 @@ class Quantizer:
         selection = self.select(module)
         self._left_out = selection.left_out
         new = []
-        for name, parameter, bits, pruning_mask in selection:
-            if name in self.weights:
+        for selected in selection:
+            if selected.name in self.weights:
                 continue
-            weight = self.weights[name] = self._frozen_weight(name, parameter, bits)
+            weight = self.weights[selected.name] = self._frozen_weight(selected)
             new.append(weight)
             if self._loaded is None and self.options.keep_zeros:
-                weight.keep_zeros(pruning_mask)
+                weight.keep_zeros(selected.pruning_mask)
         if self._loaded is None and self.phase:
             self._check(new)
             for weight in new:
@@ -216,7 +218,7 @@ class Quantizer:
         later = {one.name for one in self._left_out if one.reason in ("frozen", "not optimized")}
         for name, layer in loaded["layers"].items():  # a finetuning callback has not made it trainable again yet
             if name in later:
-                self.weights[name] = self._frozen_weight(name, parameters[name], layer["bits"])
+                self.weights[name] = self._frozen_weight(Selected(name, parameters[name], layer["bits"]))
         state.check_fits(loaded, self.options, self.timetable, self.weights)
         self.timetable.fit(length, loaded["origin"])
         self.timetable.check_certain(length, loaded["origin"])
@@ -382,16 +384,27 @@ class Quantizer:
         """Keep the state until :meth:`begin`; only then are the weights known to be in place."""
         self._loaded = state_dict or None
 
-    def _frozen_weight(self, name: str, parameter: nn.Parameter, bits: int) -> FrozenWeight:
-        return FrozenWeight(name, parameter, bits, self.options.underflow, self.options.exponent)
+    def _frozen_weight(self, one: Selected) -> FrozenWeight:
+        options = self.options
+        return FrozenWeight(one.name, one.parameter, one.bits, options.underflow, options.exponent, one.levels)
 
     def _check(self, weights: Iterable[FrozenWeight]) -> None:
         """Refuse weights that cannot be rounded, and warn of those that rounding would wipe out."""
-        lost = {}
+        lost, filled = {}, []
         for weight in weights:
             grid = weight.check()
-            if grid is not weight.grid and (share := weight.lost(grid)) > _NEARLY_ALL:
+            if grid is weight.grid:
+                continue
+            if 0 not in grid.codes:
+                filled += [f"{weight.name}: {share:.1%}"] if (share := weight.zeros()) > MANY_ZEROS else []
+            elif (share := weight.lost(grid)) > _NEARLY_ALL:
                 lost[weight.name] = f"{weight.name}: {share:.1%} ({weight.bits} bits)"
+        if filled and sharding.is_first_process():
+            warnings.warn(
+                "INQ makes weights that are exactly zero other than zero in these layers, as their levels have no "
+                "zero:\n  " + "\n  ".join(filled) + '\nBetter: levels="auto", or "full" for them, by layer_levels',
+                stacklevel=2,
+            )
         if lost and sharding.is_first_process():
             warnings.warn(
                 "INQ rounds nearly all weights of these layers to zero, as their grids lie too high for them:\n  "

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from inq_lightning.core.coverage import Coverage, LeftOut, Reason
 from inq_lightning.core.matrices import Matrix, find_matrices
-from inq_lightning.core.patterns import Patterns, check_patterns, check_widths
+from inq_lightning.core.patterns import Patterns, check_layer_levels, check_patterns, check_widths
+from inq_lightning.grid.levels import LevelsOption, check_levels, choose_levels, zero_of
 from inq_lightning.grid.power_of_two import check_bits
 
 
@@ -22,12 +23,14 @@ class Selected(NamedTuple):
         name: Its name in ``module.named_parameters()``, without what `torch.compile` adds.
         parameter: Itself.
         bits: Its bit width.
+        levels: Its levels, see :func:`~inq_lightning.grid.levels.levels_of`.
         pruning_mask: What :mod:`torch.nn.utils.prune` multiplies it with; None for most.
     """
 
     name: str
     parameter: nn.Parameter
     bits: int
+    levels: LevelsOption = "auto"
     pruning_mask: Tensor | None = None
 
 
@@ -55,6 +58,8 @@ def select_parameters(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
     layer_bits: Mapping[str, int] | None = None,
+    levels: LevelsOption = "auto",
+    layer_levels: Mapping[str, LevelsOption] | None = None,
     embeddings: bool = False,
     pruned: bool = False,
     trainable_only: bool = True,
@@ -77,6 +82,8 @@ def select_parameters(
         include: Take what matches one of these patterns, and nothing else; None takes the default.
         exclude: Leave out what matches one of these patterns.
         layer_bits: Another bit width for what matches a pattern; the last matching pattern counts.
+        levels: Which levels a weight takes, see :class:`~inq_lightning.Options`.
+        layer_levels: Other levels for what matches a pattern; the last matching pattern counts.
         embeddings: Whether embedding tables belong to the default too.
         pruned: Whether to take weights under :mod:`torch.nn.utils.prune`, as ``weight_orig`` with their masks.
         trainable_only: Whether to leave out parameters that need no gradient.
@@ -86,20 +93,22 @@ def select_parameters(
         The selection, which also tells what is left out.
 
     Raises:
-        ValueError: A pattern matches nothing, a bit width is not allowed, a selected weight is computed from other
-            parameters, or nothing is selected.
+        ValueError: A pattern matches nothing, a bit width is not allowed, levels do not fit it or lack a zero that is
+            needed, a selected weight is computed from other parameters, or nothing is selected.
     """
     check_bits(bits)
     check_patterns("include", include)
     check_patterns("exclude", exclude)
     check_widths("layer_bits", layer_bits)
-    patterns, matrices, widths = Patterns(module), find_matrices(module), dict(layer_bits or {})
+    check_layer_levels("layer_levels", layer_levels)
+    patterns, matrices = Patterns(module), find_matrices(module)
     default = [m for m in matrices if m.kind == "layer" or (embeddings and m.kind == "embedding")]
     wanted = default if include is None else [m for m in matrices if patterns.match(m.names, include)]
     for option, given, among in (
         ("include", include or (), matrices),
         ("exclude", exclude, matrices),
-        ("layer_bits", widths, [*default, *wanted]),
+        ("layer_bits", layer_bits or {}, [*default, *wanted]),
+        ("layer_levels", layer_levels or {}, [*default, *wanted]),
     ):
         patterns.check(option, given, [m.names for m in among])
     rules = _Rules(
@@ -115,8 +124,9 @@ def select_parameters(
             _check_plain(m, pruned)
         reason = rules.against(m)
         if reason is None and m.parameter is not None:
-            width = next((b for pattern, b in reversed(widths.items()) if patterns.match(m.names, [pattern])), bits)
-            selection.append(Selected(m.name, m.parameter, width, m.pruning_mask))
+            width = patterns.value(m.names, layer_bits, bits)
+            own = _levels(m, patterns.value(m.names, layer_levels, levels), width, pruned)
+            selection.append(Selected(m.name, m.parameter, width, own, m.pruning_mask))
         elif reason is not None and m.parameter is not None and m.counts:
             selection.left_out.append(LeftOut(m.name, tuple(m.parameter.shape), reason, m.layer))
     if not selection:
@@ -157,6 +167,25 @@ class _Rules(NamedTuple):
         if matrix.computes is not None:
             return "computed"
         return "embedding" if matrix.kind == "embedding" else "own layer type"
+
+
+def _levels(matrix: Matrix, levels: LevelsOption, bits: int, pruned: bool) -> LevelsOption:
+    """The levels of one matrix: with a zero where it needs one.
+
+    Raises:
+        ValueError: They do not fit its bits, or lack the zero; the message names it.
+    """
+    levels = check_levels(f"{matrix.name}: levels", levels, bits)
+    if not (matrix.padded or pruned):
+        return levels
+    levels = choose_levels(levels, bits, zero=True)
+    if not zero_of(levels):
+        what = "the row of its padding_idx stays zero" if matrix.padded else "keep_zeros keeps its zeros"
+        raise ValueError(
+            f"{matrix.name}: {what}, and levels={levels!r} have no zero; write "
+            f'layer_levels={{"{matrix.name}": "full"}}, or exclude it'
+        )
+    return levels
 
 
 def _held(optimizers: Sequence[Optimizer], matrices: Sequence[Matrix]) -> set[int] | None:

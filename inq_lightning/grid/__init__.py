@@ -5,6 +5,7 @@ from typing import Any
 
 from inq_lightning._common import one_of
 from inq_lightning.grid.base import Grid, Reduction
+from inq_lightning.grid.levels import Levels, LevelsLike, LevelsOption
 from inq_lightning.grid.power_of_two import MAX_BITS, MIN_BITS, Exponent, PowerOfTwoGrid, Underflow
 from inq_lightning.grid.recognize import fit_grid
 
@@ -14,6 +15,9 @@ __all__ = [
     "MIN_BITS",
     "Exponent",
     "Grid",
+    "Levels",
+    "LevelsLike",
+    "LevelsOption",
     "PowerOfTwoGrid",
     "Reduction",
     "Underflow",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from inq_lightning._common import one_of
 
@@ -55,6 +56,10 @@ class Levels:
 
 
 LevelsLike: TypeAlias = Levels | LevelsName
+LevelsOption: TypeAlias = LevelsLike | Literal["auto"]
+
+# What "auto" stands for, by bits: what ended most accurate in docs/results.md. More than 5 bits can use brings nothing.
+_AUTO: dict[int, LevelsName] = {2: "dense", 3: "dense", 4: "full"}
 
 
 def levels_of(levels: LevelsLike, bits: int) -> Levels:
@@ -82,6 +87,49 @@ def levels_of(levels: LevelsLike, bits: int) -> Levels:
     if levels == "dense":
         return Levels(False, _DENSE.get(bits, tuple(range(count))))
     return Levels(True, tuple(range(count)))
+
+
+def choose_levels(levels: LevelsOption, bits: int, zero: bool = False) -> LevelsLike:
+    """What ``"auto"`` stands for at a bit width; anything else stands for itself.
+
+    Args:
+        levels: The option.
+        bits: Code length of one weight.
+        zero: Whether a weight must be able to be zero.
+    """
+    if levels != "auto":
+        return levels
+    chosen = _AUTO.get(bits, "paper")
+    return "full" if zero and chosen == "dense" else chosen
+
+
+def zero_of(levels: LevelsLike) -> bool:
+    """Whether 0 is one of the levels, at whatever bit width."""
+    return levels.zero if isinstance(levels, Levels) else levels != "dense"
+
+
+def check_levels(option: str, levels: object, bits: int | None = None) -> LevelsOption:
+    """Levels as a user writes them: a name, a :class:`Levels`, or a mapping with its fields as in a YAML file.
+
+    Raises:
+        ValueError: They are none, or too many for ``bits``; the message names the option.
+    """
+    try:
+        if isinstance(levels, Mapping) and set(levels) == {"zero", "exponents"}:
+            levels = Levels(levels["zero"], tuple(levels["exponents"]))
+        if not isinstance(levels, Levels) and levels not in ("auto", *get_args(LevelsName)):
+            names = ", ".join(repr(name) for name in ("auto", *get_args(LevelsName)))
+            raise ValueError(f"must be one of {names}, or Levels(zero=…, exponents=…), got {levels!r}")
+        if bits is not None:
+            levels_of(choose_levels(levels, bits), bits)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{option}: {error}") from error
+    return levels  # type: ignore[return-value]
+
+
+def plain(levels: LevelsOption) -> Any:
+    """Levels as plain JSON values, which :func:`check_levels` takes."""
+    return {"zero": levels.zero, "exponents": list(levels.exponents)} if isinstance(levels, Levels) else levels
 
 
 def name_of(levels: Levels, bits: int) -> LevelsLike:

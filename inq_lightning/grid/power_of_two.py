@@ -107,7 +107,7 @@ class PowerOfTwoGrid:
         if fit_rule(exponent, bits) == "max":
             return grid
         grids = grid.lower(w.dtype)
-        errors = torch.tensor([g.squared_error(w) for g in grids], dtype=torch.float64, device=w.device)
+        errors = torch.stack([torch.linalg.vector_norm(w - g.round(w), dtype=torch.float64) for g in grids]).square_()
         return grids[int(reduce.sum(errors).argmin())]
 
     @classmethod

@@ -23,9 +23,9 @@ _BITS = f"{MIN_BITS} to {MAX_BITS}"
 Output = Literal["auto", "rich", "json"]
 
 
-def _bits_by_pattern() -> Any:
-    """No bits for any pattern yet; patterns can be set without the ``+`` that a plain dict would ask for."""
-    return DictConfig({}, key_type=str, element_type=int, flags={"struct": False})
+def _by_pattern(kind: Any) -> Any:
+    """Nothing for any pattern yet; patterns can be set without the ``+`` that a plain dict would ask for."""
+    return DictConfig({}, key_type=str, element_type=kind, flags={"struct": False})
 
 
 def build_schedule(
@@ -64,14 +64,15 @@ class ScheduleConfig:
     """When the quantized portion rises; arguments of :func:`build_schedule`."""
 
 
-@configures(Options, allowed={"bits": _BITS})
+@configures(Options, allowed={"bits": _BITS, "levels": "auto, paper, full, dense, {zero: …, exponents: […]}"})
 class INQConfig:
     """Arguments of :class:`~inq_lightning.INQCallback`: those of :class:`~inq_lightning.Options`."""
 
     _target_: str = "inq_lightning.INQCallback"
     _convert_: str = "all"
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    layer_bits: dict[str, int] = field(default_factory=_bits_by_pattern)
+    layer_bits: dict[str, int] = field(default_factory=lambda: _by_pattern(int))
+    layer_levels: dict[str, Any] = field(default_factory=lambda: _by_pattern(Any))
 
 
 @dataclass
