@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 UNLOCKED := torch triton cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nvidia-, cublas cuda-cupti cuda-nvrtc \
 	cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
 
-.PHONY: demo test lint slow bench docs dist lock clean
+.PHONY: demo test lint slow gpu bench docs dist lock clean
 
 $(VENV)/installed: pyproject.toml constraints.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,10 @@ lint: $(VENV)/installed
 
 slow: $(VENV)/installed  ## the long tests
 	$(BIN)/pytest -m slow
+
+gpu: $(VENV)/installed  ## what needs a CUDA GPU: the tests, what the callback costs there; skipped without one
+	$(BIN)/pytest -m gpu
+	$(BIN)/python -m benchmarks.overhead --device cuda
 
 bench: $(VENV)/installed  ## what the callback costs, as ratios
 	$(BIN)/python -m benchmarks.overhead

@@ -107,6 +107,7 @@ class FrozenWeight:
             weight.mul_(sharding.local_part(pruning_mask, self.parameter))
         new = (weight == 0).logical_and_(bits_of(self._values) == 0)
         self._values[new] = -0.0
+        self._set_values(self._values)
         kept = int(sharding.sum_over_shards(new.count_nonzero(), self.parameter))
         self._kept += kept
         self.frozen += kept
@@ -164,11 +165,10 @@ class FrozenWeight:
             return Rounding(0.0, 0.0)
         order = scores(self.parameter, partition, self.name, seed)
         chosen = select(order, bits_of(self._values) == 0, count, like=self.parameter)
-        if self.grid is not grid:
-            self.grid = grid
-            self._set_values(self._values.to(grid.storage_dtype))
+        self.grid = grid
+        values = self._values.to(grid.storage_dtype)
         signal, noise = [], []
-        for w, new, value in zip(split(weight), split(chosen), split(self._values), strict=True):
+        for w, new, value in zip(split(weight), split(chosen), split(values), strict=True):
             before = w * new
             after = grid.round(before)  # 0, hence "free", for all the others
             if 0 not in grid.codes:
@@ -179,6 +179,7 @@ class FrozenWeight:
             bits = bits_of(value)
             sign = new.logical_and(after == 0).to(bits.dtype).bitwise_left_shift_(8 * value.element_size() - 1)
             bits.bitwise_or_(bits_of(after.to(value.dtype))).bitwise_or_(sign)
+        self._set_values(values)
         self.frozen += count
         self.restore()
         sums = torch.stack([torch.stack(norms).square_().sum() for norms in (signal, noise)])

@@ -68,6 +68,8 @@ def select(score: Tensor, free: Tensor, count: int, like: Tensor | None = None) 
     if count == candidates:
         return free.clone()
 
+    if score.is_cuda and not sharding.is_sharded(like):
+        return _by_sorting(score, free, count)
     if score.element_size() == 2:
         score = score.float()
     # + 1, so that 0 remains for what is not free; the largest finite float leaves room for it.
@@ -96,3 +98,11 @@ def select(score: Tensor, free: Tensor, count: int, like: Tensor | None = None) 
             keys = keys[same]
         # Equal scores: go on with the index, the lowest first; no two are equal there.
         keys = like.numel() - sharding.global_index(tied, like)
+
+
+def _by_sorting(score: Tensor, free: Tensor, count: int) -> Tensor:
+    """:func:`select` on one GPU, where sorting is quick and what waits for a number from the GPU is not."""
+    order = torch.where(free, score, -1).reshape(-1).sort(descending=True, stable=True).indices
+    chosen = torch.zeros(free.numel(), dtype=torch.bool, device=free.device)
+    chosen[order[:count]] = True
+    return chosen.view(free.shape)

@@ -13,7 +13,7 @@ class ReferenceKernel:
     """Masks and restores one tensor.
 
     Args:
-        values: The frozen weights' values, see :mod:`inq_lightning.kernels`; read anew at each call.
+        values: The frozen weights' values, see :mod:`inq_lightning.kernels`; where they change, make another kernel.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -35,8 +35,8 @@ def bits_of(tensor: Tensor) -> Tensor:
 
 
 def split(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Views of cache size, the same cuts for tensors of the same shape, whatever their memory formats."""
-    if tensor.dim() == 0:
+    """Views of a CPU's cache size, the same cuts for tensors of the same shape, whatever their memory formats."""
+    if tensor.dim() == 0 or tensor.is_cuda:
         return (tensor,)
     rows = max(1, _CHUNK * tensor.shape[0] // max(tensor.numel(), 1))
     return torch.split(tensor, rows)

@@ -74,6 +74,7 @@ class ImageDataModule(LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.datasets: dict[str, Dataset[tuple[Tensor, Tensor]]] = {}
+        self._on_device: dict[str, Dataset[tuple[Tensor, Tensor]]] = {}
 
     def load(self) -> dict[str, Dataset[tuple[Tensor, Tensor]]]:
         """Returns the datasets `train`, `val` and `test`, indexed by BatchKey."""
@@ -111,7 +112,7 @@ class ImageDataModule(LightningDataModule):
         return self._loader("test", shuffle=False)
 
     def _loader(self, part: str, shuffle: bool) -> LazyDataLoader:
-        dataset = self.datasets[part]
+        dataset = self._placed(part)
         sampler = EpochBatchSampler(
             len(dataset),  # type: ignore[arg-type]
             self.batch_size,
@@ -126,10 +127,21 @@ class ImageDataModule(LightningDataModule):
             batch_size=None,
             sampler=sampler,
             num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available() and dataset is self.datasets[part],
             # Otherwise each pass would draw its workers' seed from the global generator.
             generator=generator_of(self.seed),
         )
+
+    def _placed(self, part: str) -> Dataset[tuple[Tensor, Tensor]]:
+        """A dataset on the GPU that trains, where it is small enough; making its batches here would hold the GPU up."""
+        dataset = self.datasets[part]
+        device = None if self.trainer is None else self.trainer.strategy.root_device
+        if device is None or device.type != "cuda" or self.num_workers or not isinstance(dataset, ArrayDataset):
+            return dataset
+        if part not in self._on_device:
+            fits = dataset.images.nbytes < torch.cuda.mem_get_info(device)[0] / 8
+            self._on_device[part] = dataset.to(device) if fits else dataset
+        return self._on_device[part]
 
     def _batches_done(self) -> int:
         if self.trainer is None or not self.trainer.training or not self.trainer.fit_loop.restarting:

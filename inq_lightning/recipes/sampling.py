@@ -7,6 +7,7 @@ one taken within an epoch, therefore sees exactly the batches that the uninterru
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -114,11 +115,19 @@ class ArrayDataset(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def to(self, device: torch.device) -> ArrayDataset:
+        """The same images on another device, where batches are then made: the same ones, bit for bit."""
+        moved = copy.copy(self)
+        for name in ("images", "labels", "mean", "std"):
+            setattr(moved, name, getattr(self, name).to(device))
+        return moved
+
     def __getitem__(self, key: BatchKey) -> tuple[Tensor, Tensor]:
-        images = self.images[key.indices]
+        indices = key.indices.to(self.images.device)
+        images = self.images[indices]
         if self.augment:
             images = crop_and_flip(images, images.shape[-1] // 8, generator_of(key.seed))
-        return (images.float() - self.mean) / self.std, self.labels[key.indices]
+        return (images.float() - self.mean) / self.std, self.labels[indices]
 
 
 class FolderDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -165,8 +174,9 @@ def crop_and_flip(images: Tensor, padding: int, generator: torch.Generator) -> T
     rows = offsets[0] + torch.arange(height)
     columns = offsets[1] + torch.arange(width)
     columns = torch.where(flipped, columns.flip(1), columns)
-    image = torch.arange(count)[:, None, None, None]
-    channel = torch.arange(channels)[:, None, None]
+    rows, columns = rows.to(images.device), columns.to(images.device)
+    image = torch.arange(count, device=images.device)[:, None, None, None]
+    channel = torch.arange(channels, device=images.device)[:, None, None]
     return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
