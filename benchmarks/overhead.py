@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from inq_lightning import FrozenWeight, INQCallback
+from inq_lightning.core.together import Together
 from inq_lightning.recipes.models import ResNetCIFAR
 
 warnings.filterwarnings("ignore")
@@ -111,9 +112,9 @@ def cuda_event(shapes: list[tuple[int, ...]]) -> tuple[float, float, float, floa
     for _ in range(6):
         layers = [FrozenWeight(str(i), torch.randn(s, device="cuda") * 0.05) for i, s in enumerate(shapes)]
         tensors = [layer.parameter.detach().clone() for layer in layers]
-        first.append(cuda_ms(lambda layers=layers: [(layer.check(), layer.freeze(0.5)) for layer in layers]))
+        first.append(cuda_ms(lambda layers=layers: [layer.freeze(0.5, grid=layer.check()) for layer in layers]))
         with CountWaits() as counted:
-            later.append(cuda_ms(lambda layers=layers: [(layer.check(), layer.freeze(0.75)) for layer in layers]))
+            later.append(cuda_ms(lambda layers=layers: [layer.freeze(0.75, grid=layer.check()) for layer in layers]))
         waits = counted.number
         sort.append(cuda_ms(lambda tensors=tensors: [torch.sort(tensor.flatten()) for tensor in tensors]))
     return (*(statistics.median(times[1:]) for times in (first, later, sort)), waits / len(shapes))  # type: ignore[return-value]
@@ -125,15 +126,14 @@ def cuda_step(shapes: list[tuple[int, ...]], fused: bool) -> tuple[float, int]:
     for p in weights:
         p.grad = torch.randn_like(p) * 1e-3
     optimizer = torch.optim.SGD(weights, lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=fused)
-    layers = [FrozenWeight(str(i), p) for i, p in enumerate(weights)]
-    for layer in layers:
+    layers = {str(i): FrozenWeight(str(i), p) for i, p in enumerate(weights)}
+    for layer in layers.values():
         layer.freeze(0.5)
+    together = Together(layers)
 
     def mask_and_restore() -> None:
-        for layer in layers:
-            layer.mask_gradient()
-        for layer in layers:
-            layer.restore()
+        together.mask_gradients()
+        together.restore()
 
     mine, theirs = [], []
     for _ in range(60):
@@ -222,15 +222,14 @@ def step(portion: float) -> float:
     for p in weights:
         p.grad = torch.randn_like(p) * 1e-3
     optimizer = torch.optim.SGD(weights, lr=1e-3, momentum=0.9, weight_decay=1e-4)
-    layers = [FrozenWeight(str(i), p) for i, p in enumerate(weights)]
-    for layer in layers:
+    layers = {str(i): FrozenWeight(str(i), p) for i, p in enumerate(weights)}
+    for layer in layers.values():
         layer.freeze(portion)
+    together = Together(layers)
 
     def mask_and_restore() -> None:
-        for layer in layers:
-            layer.mask_gradient()
-        for layer in layers:
-            layer.restore()
+        together.mask_gradients()
+        together.restore()
 
     mine, theirs = medians(101, mask_and_restore, optimizer.step)
     return mine / theirs

@@ -90,6 +90,16 @@ class FrozenWeight:
         return bits_of(self._values) != 0
 
     @property
+    def local(self) -> Tensor:
+        """The local piece of the parameter, without a gradient."""
+        return sharding.local(self.parameter)
+
+    @property
+    def values(self) -> Tensor:
+        """What frozen weights are, in the shape of the local piece: +0.0 for a free one, -0.0 for one at zero."""
+        return self._values
+
+    @property
     def layer(self) -> Layer:
         """Where it stands, for the record."""
         return Layer(self.name, tuple(self.parameter.shape), self.bits, self.grid, self.frozen)
@@ -136,7 +146,9 @@ class FrozenWeight:
         """Share of the weights that are exactly zero, 0 to 1, over all shards; collective."""
         return zero_share(sharding.local(self.parameter), sharding.reduction(self.parameter))
 
-    def freeze(self, portion: float, partition: Partition = "magnitude", seed: int = 0) -> Rounding:
+    def freeze(
+        self, portion: float, partition: Partition = "magnitude", seed: int = 0, grid: Grid | None = None
+    ) -> Rounding:
         """Round and freeze weights until round(portion · numel) are frozen; those frozen before count and stay.
 
         Zeros that :meth:`keep_zeros` has frozen do not count on either side.
@@ -148,6 +160,7 @@ class FrozenWeight:
             portion: Share of the weights to be frozen, 0 to 1.
             partition: Which weights come first, see :func:`inq_lightning.core.partition.scores`.
             seed: Seed of the random partition.
+            grid: What :meth:`check` has returned for the weights as they are, if it was called.
 
         Returns:
             What the rounding did to the newly frozen weights, over all shards.
@@ -159,7 +172,7 @@ class FrozenWeight:
         if not 0 <= portion <= 1:
             raise ValueError(f"{self.name}: the portion to freeze must lie between 0 and 1, got {portion}")
         weight = sharding.local(self.parameter)
-        grid = self._fit(weight)
+        grid = grid or self._fit(weight)
         count = frozen_count(portion, self.numel, self._kept) - self.frozen
         if count <= 0:
             return Rounding(0.0, 0.0)
@@ -185,12 +198,18 @@ class FrozenWeight:
         sums = torch.stack([torch.stack(norms).square_().sum() for norms in (signal, noise)])
         return Rounding(*sharding.sum_over_shards(sums, self.parameter).tolist())
 
-    def mask_gradient(self) -> None:
-        """Zero the gradient of the frozen weights, whatever it holds, inf and nan included."""
+    def gradient(self) -> Tensor | None:
+        """The local piece of the gradient; None where there is none to be masked."""
         grad = self.parameter.grad
         if grad is None or grad.is_sparse or not self.frozen:
-            return  # a sparse gradient has no entry for most weights; restore() takes care of the others
-        grad = sharding.local(grad)
+            return None  # a sparse gradient has no entry for most weights; restore() takes care of the others
+        return sharding.local(grad)
+
+    def mask_gradient(self) -> None:
+        """Zero the gradient of the frozen weights, whatever it holds, inf and nan included."""
+        grad = self.gradient()
+        if grad is None:
+            return
         if self.frozen == self.numel:
             grad.zero_()
             return

@@ -23,6 +23,8 @@ from inq_lightning.core.restart import OptimizerState
 from inq_lightning.core.schedule import Length, Schedule, Unit
 from inq_lightning.core.selection import Selected, Selection, select_parameters
 from inq_lightning.core.size import snr_db
+from inq_lightning.core.together import Together
+from inq_lightning.grid import Grid
 from inq_lightning.grid.power_of_two import fit_rule
 
 # Share of a layer's weights that its grid may round to zero without a word; by least error it is about half at 2 bits.
@@ -57,6 +59,7 @@ class Quantizer:
         self.phase = 0
         self.sqnr_db: float | None = None
         self.weights: dict[str, FrozenWeight] = {}
+        self._together = Together(self.weights)
         self._left_out: list[LeftOut] = []
         self._loaded: dict[str, Any] | None = None  # a checkpoint's state, until begin
         self._optimizers: Sequence[Optimizer] = ()
@@ -183,9 +186,7 @@ class Quantizer:
             if self._loaded is None and self.options.keep_zeros:
                 weight.keep_zeros(selected.pruning_mask)
         if self._loaded is None and self.phase:
-            self._check(new)
-            for weight in new:
-                self._freeze(weight)
+            self._freeze(new)
 
     def begin(self, module: nn.Module, length: Length, position: Callable[[Unit], int]) -> None:
         """Fit the schedule to the run, then go on from a loaded state or begin where the run stands.
@@ -266,9 +267,8 @@ class Quantizer:
         if phase <= self.phase:
             return False
         sharding.reshard(module)
-        self._check(self.weights.values())  # all of them, so that an error leaves none frozen ahead of the others
+        roundings = self._freeze(self.weights.values(), phase)
         self.phase = phase
-        roundings = [self._freeze(weight) for weight in self.weights.values()]
         if self._rates is not None:
             self._rates.begin_phase()
         if self._optimizer_state is not None:
@@ -294,13 +294,11 @@ class Quantizer:
 
     def mask_gradients(self) -> None:
         """Zero the gradients of frozen weights."""
-        for weight in self.weights.values():
-            weight.mask_gradient()
+        self._together.mask_gradients()
 
     def restore(self) -> None:
         """Put frozen weights back to their values, bit for bit."""
-        for weight in self.weights.values():
-            weight.restore()
+        self._together.restore()
 
     def hold(self) -> bool:
         """Restore after every step of the configured optimizers from now on, by hooks of theirs.
@@ -388,11 +386,11 @@ class Quantizer:
         options = self.options
         return FrozenWeight(one.name, one.parameter, one.bits, options.underflow, options.exponent, one.levels)
 
-    def _check(self, weights: Iterable[FrozenWeight]) -> None:
-        """Refuse weights that cannot be rounded, and warn of those that rounding would wipe out."""
-        lost, filled = {}, []
+    def _check(self, weights: Iterable[FrozenWeight]) -> list[Grid]:
+        """Refuse weights that cannot be rounded, and warn of those that rounding would wipe out; the others' grids."""
+        lost, filled, grids = {}, [], []
         for weight in weights:
-            grid = weight.check()
+            grids.append(grid := weight.check())
             if grid is weight.grid:
                 continue
             if 0 not in grid.codes:
@@ -412,6 +410,7 @@ class Quantizer:
                 + f"\nBetter: {self._remedies(lost)}",
                 stacklevel=2,
             )
+        return grids
 
     def _remedies(self, names: Iterable[str]) -> str:
         """What keeps these layers from becoming zero."""
@@ -422,8 +421,15 @@ class Quantizer:
             remedies.insert(0, 'exponent="mse", which fits a grid to all weights, not to the largest one')
         return "; ".join(remedies)
 
-    def _freeze(self, weight: FrozenWeight) -> Rounding:
-        return weight.freeze(self.timetable.portions[self.phase - 1], self.options.partition, self.options.seed)
+    def _freeze(self, weights: Collection[FrozenWeight], phase: int | None = None) -> list[Rounding]:
+        """Freeze what a phase asks for, the present one unless another is given; in all of them or, by error, none."""
+        portion = self.timetable.portions[(phase or self.phase) - 1]
+        grids = self._check(weights)
+        options = self.options
+        return [
+            weight.freeze(portion, options.partition, options.seed, grid)
+            for weight, grid in zip(weights, grids, strict=True)
+        ]
 
 
 class StepHooks:

@@ -8,13 +8,12 @@ and a weight frozen at zero is kept as -0.0.
 from torch import Tensor
 
 from inq_lightning.kernels.cpu import CPUKernel
-from inq_lightning.kernels.cuda import CUDAKernel
 from inq_lightning.kernels.reference import ReferenceKernel, bits_of, split
 
-__all__ = ["KERNELS", "CPUKernel", "CUDAKernel", "ReferenceKernel", "bits_of", "kernel_for", "split"]
+__all__ = ["KERNELS", "CPUKernel", "ReferenceKernel", "bits_of", "kernel_for", "split"]
 
 #: Kernels by the type of device that they are made for; the reference serves all others.
-KERNELS: dict[str, type[ReferenceKernel]] = {"cpu": CPUKernel, "cuda": CUDAKernel}
+KERNELS: dict[str, type[ReferenceKernel]] = {"cpu": CPUKernel}
 
 
 def kernel_for(values: Tensor) -> ReferenceKernel:

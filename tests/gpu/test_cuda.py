@@ -29,7 +29,8 @@ from inq_lightning import (
 )
 from inq_lightning.core.frozen import unpack_mask
 from inq_lightning.core.partition import scores, select
-from inq_lightning.kernels import KERNELS, ReferenceKernel, kernel_for
+from inq_lightning.core.together import Together
+from inq_lightning.kernels import ReferenceKernel
 from inq_lightning.recipes.data import NpzDataModule
 
 pytestmark = [
@@ -82,25 +83,33 @@ def test_the_same_weights_are_chosen_ties_included(partition: str, dtype: torch.
             assert torch.equal(select(order, free, count), select(order.cuda(), free.cuda(), count).cpu())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_kernel_does_what_the_reference_does(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    values = PowerOfTwoGrid(0, 4).quantize(random(shape) * 20).to(torch.bfloat16)
-    free = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5
-    values = torch.where(free, 0.0, torch.where(values == 0, -0.0, values))
-    assert type(kernel_for(values.cuda())) is KERNELS["cuda"]
-    grads = [random(shape, dtype, 2) for _ in "ab"]
-    weights = [random(shape, dtype, 3) for _ in "ab"]
-    for tensor in grads:
-        tensor[~free] = torch.nan
-    moved = [t.cuda() for t in (grads[1], weights[1])]
-    ReferenceKernel(values).mask_gradient(grads[0])
-    ReferenceKernel(values).restore(weights[0])
-    kernel = kernel_for(values.cuda())
-    kernel.mask_gradient(moved[0])
-    kernel.restore(moved[1])
-    assert same_bits(grads[0], moved[0].cpu())
-    assert same_bits(weights[0], moved[1].cpu())
+def frozen_values(shape: tuple[int, ...], seed: int) -> Tensor:
+    """As FrozenWeight keeps them: +0.0 is free, -0.0 frozen at zero."""
+    values = PowerOfTwoGrid(0, 4).quantize(random(shape, seed=seed) * 20).to(torch.bfloat16)
+    free = torch.rand(shape, generator=torch.Generator().manual_seed(seed + 1)) < 0.5
+    return torch.where(free, 0.0, torch.where(values == 0, -0.0, values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("action", ["mask", "restore"])
+def test_one_launch_does_what_the_reference_does_to_each_tensor(action: str, dtype: torch.dtype) -> None:
+    from inq_lightning.kernels.cuda import Launch
+
+    launch = Launch(action)
+    for seed in range(3):  # new addresses each time
+        values = [frozen_values(shape, seed) for shape in SHAPES]
+        special = torch.tensor([torch.inf, -0.0, 0.0, 1e-40, *([torch.nan] if action == "mask" else [])])
+        here = [random(shape, dtype, seed + 2) for shape in SHAPES]
+        for tensor in here:
+            pick = torch.randint(0, 4 * len(special), tensor.shape, generator=torch.Generator().manual_seed(seed))
+            tensor.copy_(torch.where(pick < len(special), special[pick % len(special)].to(dtype), tensor))
+        there = [tensor.cuda() for tensor in here]
+        held = [v.cuda() for v in values]
+        launch(list(zip(there, held, strict=True)))
+        for tensor, v, moved in zip(here, values, there, strict=True):
+            reference = ReferenceKernel(v)
+            reference.mask_gradient(tensor) if action == "mask" else reference.restore(tensor)
+            assert same_bits(tensor, moved.cpu())
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -126,16 +135,16 @@ def test_freezing_in_phases_equals_the_cpu(dtype: torch.dtype, levels: Any, chan
 
 def test_a_step_never_waits_for_the_gpu() -> None:
     weights = [random(shape).cuda() for shape in [(64, 64), (10, 3, 3, 3)]]
-    layers = [FrozenWeight(str(i), w) for i, w in enumerate(weights)]
-    for layer in layers:
+    layers = {str(i): FrozenWeight(str(i), w) for i, w in enumerate(weights)}
+    for layer in layers.values():
         layer.parameter.grad = torch.ones_like(layer.parameter)
         layer.freeze(0.5)
+    together = Together(layers)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for layer in layers:
-            layer.mask_gradient()
-            layer.restore()
+        together.mask_gradients()
+        together.restore()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -146,16 +155,17 @@ def test_a_step_runs_in_a_cuda_graph() -> None:
     layer.freeze(0.5)
     want = w.clone()
     w.grad = torch.ones_like(w)
+    together = Together({"w": layer})
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        layer.mask_gradient()
-        layer.restore()
+        together.mask_gradients()
+        together.restore()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        layer.mask_gradient()
+        together.mask_gradients()
         w.sub_(w.grad, alpha=0.1)
-        layer.restore()
+        together.restore()
     w.grad.fill_(1.0)
     w.copy_(want)
     graph.replay()
