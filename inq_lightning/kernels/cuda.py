@@ -5,7 +5,6 @@ Triton comes with PyTorch's builds for CUDA. It is imported with this module, so
 
 from __future__ import annotations
 
-from typing import Any
 
 import torch
 import triton
@@ -17,7 +16,7 @@ _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 
 
 @triton.jit
-def _mask(table: Any, blocks: Any, dtype: tl.constexpr, block: tl.constexpr) -> None:
+def _mask(table, blocks, dtype: tl.constexpr, block: tl.constexpr):
     row = table + 3 * tl.load(blocks + 2 * tl.program_id(0))
     at = tl.load(blocks + 2 * tl.program_id(0) + 1) + tl.arange(0, block)
     inside = at < tl.load(row + 2)
@@ -27,7 +26,7 @@ def _mask(table: Any, blocks: Any, dtype: tl.constexpr, block: tl.constexpr) -> 
 
 
 @triton.jit
-def _restore(table: Any, blocks: Any, dtype: tl.constexpr, block: tl.constexpr) -> None:
+def _restore(table, blocks, dtype: tl.constexpr, block: tl.constexpr):
     row = table + 3 * tl.load(blocks + 2 * tl.program_id(0))
     at = tl.load(blocks + 2 * tl.program_id(0) + 1) + tl.arange(0, block)
     inside = at < tl.load(row + 2)
