@@ -9,6 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig
+from processes import run_program
 from support import ROOT
 
 from inq_lightning import PRESETS, PowerOfTwoGrid
@@ -24,7 +25,7 @@ def run(*arguments: str, cwd: Path) -> str:
 
 
 def template(*overrides: str, cwd: Path) -> str:
-    return run(str(APP / "src" / "train.py"), f"hydra.run.dir={cwd}", *overrides, cwd=cwd)
+    return run_program(APP / "src" / "train.py", f"hydra.run.dir={cwd}", *overrides, cwd=cwd)
 
 
 def weights(folder: Path) -> list[torch.Tensor]:

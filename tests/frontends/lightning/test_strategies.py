@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import launch
 from pytorch_lightning import Trainer
 from pytorch_lightning.accelerators import CUDAAccelerator
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
@@ -20,7 +21,6 @@ from strategies_worker import (
     fit,
     fit_all,
     fit_in_children,
-    launch,
     resume_with_a_used_callback,
     sgd,
 )
