@@ -236,10 +236,10 @@ def count_collectives(out: str) -> None:
         fit(out, fsdp=2, callback=Counting(schedule=SCHEDULE, partition=partition), num_sanity_val_steps=1)
 
 
-def fit_in_children(out: str) -> None:
-    """Two fits with one callback, by processes that Lightning forks and spawns."""
+def fit_in_children(out: str, strategies: Iterable[str]) -> None:
+    """A fit with each strategy and the same callback, by processes that Lightning forks or spawns."""
     callback = INQCallback(schedule=SCHEDULE)
-    for strategy in ("ddp_fork", "ddp_spawn"):
+    for strategy in strategies:
         module, _, run = fit(f"{out}/{strategy}", strategy=strategy, devices=2, callback=callback)
         main = {
             "weights": {n: p.detach().clone() for n, p in module.named_parameters()},

@@ -49,7 +49,7 @@ LONG = (  # long enough to be interrupted
     "logger=none",
 )
 LONG_PRETRAINING = (
-    "pretrain.max_epochs=12",
+    "pretrain.max_epochs=6",
     "inq.schedule.portions=[1.0]",
     "inq.schedule.epochs_per_phase=1",
     "trainer.accelerator=cpu",
@@ -159,18 +159,12 @@ class Finished:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     cwd = tmp_path_factory.mktemp("finished")
-    script = Path(sysconfig.get_path("scripts")) / "inq-train"
-    done = subprocess.run(
-        [script, *SHORT, "inq.schedule.portions=[0.25,0.5,1.0]"],
-        cwd=cwd,
-        env=os.environ | {"COLUMNS": "200"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "200")
+        done = Program("inq-train", *SHORT, "inq.schedule.portions=[0.25,0.5,1.0]", cwd=cwd).finish()
     folders = list(cwd.glob("outputs/*/*"))
-    assert len(folders) == 1, done.stdout
-    return Finished(cwd, folders[0], done.stdout, done.returncode)
+    assert len(folders) == 1, done.stderr
+    return Finished(cwd, folders[0], done.stdout + done.stderr, done.returncode)
 
 
 @pytest.fixture(scope="module")
@@ -445,7 +439,7 @@ def test_an_interrupted_pretraining_goes_on_and_is_then_quantized(tmp_path: Path
         assert_quantized(resumed / "quantized.ckpt")
         with (resumed / "csv" / "pretrain" / "metrics.csv").open() as file:
             epochs = {int(row["epoch"]) for row in csv.DictReader(file) if row["val/acc"]}
-        assert epochs == set(range(min(epochs), 12))
+        assert epochs == set(range(min(epochs), 6))
         assert min(epochs) > 0, "pre-training began anew"
     assert report["before"] == expected["before"]
     assert_same_weights(tmp_path / "last" / "quantized.ckpt", straight / "quantized.ckpt")
