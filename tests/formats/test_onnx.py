@@ -286,7 +286,7 @@ def resnet_bytes(tmp_path_factory: Any) -> int:
     return float_file(ResNetCIFAR(20), path, torch.randn(2, 3, 16, 16)).stat().st_size
 
 
-@pytest.mark.parametrize("bits", [2, pytest.param(3, marks=pytest.mark.slow), 4, 5])
+@pytest.mark.parametrize("bits", [2, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (3, 4)), 5])
 def test_files_of_resnet20_are_as_small_as_promised(bits: int, resnet_bytes: int, tmp_path: Path) -> None:
     net = ResNetCIFAR(20)
     quantize(net, bits)
