@@ -25,8 +25,8 @@ class INQCallback(Standing, Callback):
 
     At the beginning of each phase the largest free weights of every layer are rounded to the layer's grid and frozen
     for good; training goes on for the others, until all are frozen (Zhou et al., ICLR 2017, algorithm 1). The module
-    keeps its parameters, their names and its forward. How far it is, :class:`~inq_lightning.frontends.standing.Standing`
-    tells.
+    keeps its parameters, their names and its forward. :class:`~inq_lightning.frontends.standing.Standing` tells how far
+    it is.
 
     Its arguments are those of :class:`~inq_lightning.Options`, by the same names.
 
