@@ -20,7 +20,7 @@ demo: $(VENV)/installed  ## pre-train, quantize, test and report on real images
 	OMP_NUM_THREADS=1 $(BIN)/inq-train  # 8x8 images leave nothing for a second thread to do
 
 test: lint  ## lint, types and the default tests
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal  # neighbours share set-ups, so they stay together until one worker is idle
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

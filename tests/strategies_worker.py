@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import socket
 import sys
-import time
-import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import timedelta
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +22,6 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from inq_lightning import INQCallback
-
-WORKERS = multiprocessing.get_context("forkserver")  # clean processes that need not import everything anew
 
 
 def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -215,52 +207,6 @@ def write(folder: Path, run: Trainer, module: LightningModule, callback: INQCall
     torch.save(result, folder / f"{run.global_rank}.pt")
 
 
-def launch(processes: int, jobs: Callable[..., None], *args: Any) -> None:
-    """Call ``jobs(*args)`` in so many processes at once, with the environment that torchrun gives."""
-    WORKERS.set_forkserver_preload(["inq_lightning", "torch.distributed.tensor.debug"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    errors = WORKERS.SimpleQueue()
-    started = [
-        WORKERS.Process(target=_as_rank, args=(rank, processes, port, errors, jobs, *args)) for rank in range(processes)
-    ]
-    for process in started:
-        process.start()
-    deadline = time.monotonic() + 240
-    while any(p.is_alive() for p in started) and not any(p.exitcode for p in started) and time.monotonic() < deadline:
-        connection.wait([p.sentinel for p in started if p.is_alive()], 1)
-    failed = [p for p in started if p.exitcode != 0]
-    for process in started:
-        if failed and process.is_alive():
-            process.kill()  # it would wait for the one that failed
-        process.join()
-    assert not failed, errors.get() if not errors.empty() else "processes failed or did not end in time"
-
-
-def _as_rank(rank: int, processes: int, port: int, errors: Any, jobs: Callable[..., None], *args: Any) -> None:
-    torch.set_num_threads(1)
-    if processes > 1:
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "GROUP_RANK": "0",
-            "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "TORCHELASTIC_RUN_ID": "tests",
-        }
-    try:
-        jobs(*args)
-    except BaseException:
-        errors.put(traceback.format_exc())
-        raise
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-
 def fit_all(jobs: list[dict[str, Any]]) -> None:
     for job in jobs:
         fit(**job)
@@ -290,10 +236,10 @@ def count_collectives(out: str) -> None:
         fit(out, fsdp=2, callback=Counting(schedule=SCHEDULE, partition=partition), num_sanity_val_steps=1)
 
 
-def fit_in_children(out: str) -> None:
-    """Two fits with one callback, by processes that Lightning forks and spawns."""
+def fit_in_children(out: str, strategies: Iterable[str]) -> None:
+    """A fit with each strategy and the same callback, by processes that Lightning forks or spawns."""
     callback = INQCallback(schedule=SCHEDULE)
-    for strategy in ("ddp_fork", "ddp_spawn"):
+    for strategy in strategies:
         module, _, run = fit(f"{out}/{strategy}", strategy=strategy, devices=2, callback=callback)
         main = {
             "weights": {n: p.detach().clone() for n, p in module.named_parameters()},

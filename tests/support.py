@@ -67,6 +67,23 @@ class TinyModule(LightningModule):
     test_dataloader = val_dataloader
 
 
+class Holds(torch.optim.lr_scheduler.LRScheduler):
+    """Leaves the work to a scheduler that is an attribute of it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, inner: torch.optim.lr_scheduler.LRScheduler) -> None:
+        self.inner = inner
+        super().__init__(optimizer)
+
+    def get_lr(self) -> Any:
+        return self.inner.get_last_lr()
+
+    def step(self, epoch: int | None = None) -> None:
+        self.last_epoch += 1
+        if self.last_epoch:
+            self.inner.step()
+        self._last_lr = self.inner.get_last_lr()
+
+
 def loader(samples: int) -> DataLoader[Any]:
     """The same batches of 8 in the same order every time."""
     generator = torch.Generator().manual_seed(7)

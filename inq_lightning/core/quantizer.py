@@ -120,7 +120,7 @@ class Quantizer:
         return same and not self.moved()
 
     def frozen_mask(self, name: str) -> Tensor:
-        """Which weights of a parameter are frozen: bool in its shape, see :meth:`INQCallback.frozen_mask`."""
+        """Which weights of a parameter are frozen: bool in its shape, collective for a sharded one."""
         if name not in self.weights:
             near = difflib.get_close_matches(name, self.weights, n=3, cutoff=0.3)
             raise KeyError(

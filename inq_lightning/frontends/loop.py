@@ -15,19 +15,18 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from inq_lightning.core import sharding
-from inq_lightning.core.coverage import Coverage
-from inq_lightning.core.layer import Layer
 from inq_lightning.core.options import Options
 from inq_lightning.core.plan import Plan
 from inq_lightning.core.quantizer import Quantizer
 from inq_lightning.core.rates import Fit
 from inq_lightning.core.restart import as_configured, settings
 from inq_lightning.core.schedule import Length, Unit
+from inq_lightning.frontends.standing import Standing
 
 _LOG = logging.getLogger(__name__)
 
 
-class INQ:
+class INQ(Standing):
     """Turns the weights that a training loop trains into powers of two, phase by phase.
 
     Call :meth:`advance` at the top of every epoch and :meth:`finish` after the last one::
@@ -41,7 +40,8 @@ class INQ:
     Hooks do the rest: gradients of frozen weights are zeroed as they are accumulated, so neither clipping nor momentum
     sees them, and the weights are put back bit for bit after each optimizer step.
 
-    INQ begins where :meth:`advance` is called first, be it in the middle of a loop: the schedule counts from there.
+    INQ begins where :meth:`advance` is called first, be it in the middle of a loop: the schedule counts from there. How
+    far it is, :class:`~inq_lightning.frontends.standing.Standing` tells.
 
     Args:
         model: The module; one that DataParallel or DistributedDataParallel wraps is found within. Its weights are
@@ -100,30 +100,6 @@ class INQ:
             self._handles[f"optimizer {i}"] = one.register_step_pre_hook(self._before_step)
 
     # ---- what users ask ----------------------------------------------------------------------------------------------
-
-    @property
-    def quantized_fraction(self) -> float:
-        """Share of the selected weights that are frozen, all layers together: 0 to 1."""
-        return self.quantizer.quantized_fraction
-
-    @property
-    def phase(self) -> int:
-        """How many portions have begun: 0 before the first one."""
-        return self.quantizer.phase
-
-    @property
-    def layers(self) -> list[Layer]:
-        """One record for each selected parameter, in the module's order; empty before INQ has begun."""
-        return self.quantizer.layers
-
-    @property
-    def coverage(self) -> Coverage:
-        """How much of the model is quantized, and what is left out and why; nothing before INQ has begun."""
-        return self.quantizer.coverage
-
-    def frozen_mask(self, name: str) -> Tensor:
-        """Which weights of a parameter are frozen: bool in its shape, see :meth:`INQCallback.frozen_mask`."""
-        return self.quantizer.frozen_mask(name)
 
     def plan(self) -> Plan:
         """What a loop that begins with INQ will do: layers, phases, weights and bytes; nothing changes.

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT, TinyModule, trainer
+from processes import run_program
+from support import TinyModule, trainer
 from torch import nn
 
 from inq_lightning import INQCallback, load_packed
@@ -123,25 +122,18 @@ def test_files_that_are_no_checkpoint_and_networks_off_the_grid_are_refused(
 
 
 def test_a_run_of_inq_train_leaves_its_artifact_and_exports_to_onnx_without_further_options(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-
-    def script(module: str, *arguments: str) -> str:
-        command = [sys.executable, "-m", f"inq_lightning.{module}", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    script(
-        "recipes.train",
+    run_program(
+        "inq-train",
         "hydra.run.dir=run",
         "logger=none",
         "pretrain.max_epochs=1",
         "inq.schedule.portions=[0.5,1.0]",
         "inq.schedule.epochs_per_phase=1",
+        cwd=tmp_path,
     )
     state = read_checkpoint(tmp_path / "run" / "quantized.ckpt").state_dict
     artifact = read_packed(tmp_path / "run" / "quantized.safetensors")
     assert all(torch.equal(artifact.state_dict[name], value) for name, value in state.items())
-    told = script("cli.export", "run/quantized.ckpt", "net.onnx", "--format", "onnx")
+    told = run_program("inq-export", "run/quantized.ckpt", "net.onnx", "--format", "onnx", cwd=tmp_path)
     assert "largest difference of an output to torch" in told
     assert (tmp_path / "net.onnx").is_file()

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import identical
-from torch import Tensor, distributed, multiprocessing
+from processes import launch
+from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -244,33 +244,28 @@ def check_gradients_and_errors(mesh: DeviceMesh) -> None:
         select(sharding.local(parameter).abs(), sharding.local_part(free, parameter), 2, like=parameter)
 
 
-def worker(rank: int, init_file: str) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{init_file}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
-    )
+def check_on_meshes() -> None:
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank = distributed.get_rank()
     two, three = DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [0, 1, 2])  # every process must build all meshes
     square = DeviceMesh("cpu", [[0, 1], [2, 3]])
-    try:
-        if rank < 2:
-            check_on_mesh(two, (Shard(0),))
-        if rank < 3:
-            check_on_mesh(three, (Shard(0),))
-            check_on_mesh(three, (Shard(0),), "random")
-            check_on_mesh(three, (Shard(0),), dtype=torch.bfloat16)
-            check_on_mesh(three, (Shard(1),))
-            check_on_mesh(three, (Shard(1),), "random")
-            check_on_mesh(three, (Replicate(),))
-            check_gradients_and_errors(three)
-        check_on_mesh(square, (Replicate(), Shard(0)))
-        check_on_mesh(square, (Shard(0), Shard(1)))
-        distributed.barrier()
-    finally:
-        distributed.destroy_process_group()
+    if rank < 2:
+        check_on_mesh(two, (Shard(0),))
+    if rank < 3:
+        check_on_mesh(three, (Shard(0),))
+        check_on_mesh(three, (Shard(0),), "random")
+        check_on_mesh(three, (Shard(0),), dtype=torch.bfloat16)
+        check_on_mesh(three, (Shard(1),))
+        check_on_mesh(three, (Shard(1),), "random")
+        check_on_mesh(three, (Replicate(),))
+        check_gradients_and_errors(three)
+    check_on_mesh(square, (Replicate(), Shard(0)))
+    check_on_mesh(square, (Shard(0), Shard(1)))
+    distributed.barrier()
 
 
-def test_sharded_tensors_freeze_exactly_as_whole_ones_do(tmp_path: Path) -> None:
-    multiprocessing.spawn(worker, (str(tmp_path / "rendezvous"),), nprocs=WORLD)
+def test_sharded_tensors_freeze_exactly_as_whole_ones_do() -> None:
+    launch(WORLD, check_on_meshes)
 
 
 def test_plain_tensors_pass_through_the_sharding_helpers() -> None:

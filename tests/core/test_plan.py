@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from hydra import compose, initialize_config_module
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import run_program
 from pytorch_lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from support import SCHEDULE, TinyModule, trainer
@@ -194,10 +193,8 @@ def configured(*overrides: str) -> Plan:
 
 
 def test_the_script_takes_the_keys_of_inq_train_reads_no_data_and_leaves_no_file(tmp_path: Path) -> None:
-    command = [Path(sysconfig.get_path("scripts")) / "python", "-m", "inq_lightning.recipes.plan"]
     overrides = ["model=resnet20", "--json", "data=npz", "inq.bits=4", "inq.schedule.epochs_per_phase=2"]
-    done = subprocess.run([*command, *overrides], cwd=tmp_path, capture_output=True, text=True, check=True)
-    plan = json.loads(done.stdout)
+    plan = json.loads(run_program("inq-plan", *overrides, cwd=tmp_path))
     assert [phase["start"] for phase in plan["phases"]] == [0, 2, 4, 6, 8, 10]
     assert {layer["bits"] for layer in plan["layers"]} == {4}
     assert len(plan["layers"]) == 20

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import same_bits
+from support import Holds, same_bits
 from torch import Tensor, nn, optim
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
@@ -94,23 +94,6 @@ def test_plateaus_forget_their_metrics() -> None:
     restart()
     scheduler.step(3.0)  # worse than ever, were the best one remembered
     assert options(optimizer)[0]["lr"] == 0.1
-
-
-class Holds(LRScheduler):
-    """Leaves the work to a scheduler that is an attribute of it."""
-
-    def __init__(self, optimizer: optim.Optimizer, inner: LRScheduler) -> None:
-        self.inner = inner
-        super().__init__(optimizer)
-
-    def get_lr(self) -> Any:
-        return self.inner.get_last_lr()
-
-    def step(self, epoch: int | None = None) -> None:
-        self.last_epoch += 1
-        if self.last_epoch:
-            self.inner.step()
-        self._last_lr = self.inner.get_last_lr()
 
 
 def test_a_scheduler_within_a_scheduler_begins_anew_and_stays_the_same_object() -> None:

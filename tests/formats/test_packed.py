@@ -180,7 +180,7 @@ class Weights(nn.Module):
         quantized(self, bits)
 
 
-@pytest.mark.parametrize("bits", [2, 5, 8])
+@pytest.mark.parametrize("bits", [2, 5, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_packed_resnet18_takes_its_bits_and_an_entropy_coded_one_its_entropy(tmp_path: Path, bits: int) -> None:
     net, path = Weights(bits), tmp_path / "network.safetensors"
     packed = save_packed(net, path)

@@ -10,7 +10,7 @@ from fabric_worker import train, train_all
 from lightning_fabric import Fabric
 from lightning_fabric.loggers import CSVLogger
 from lightning_fabric.strategies import DeepSpeedStrategy, FSDPStrategy
-from strategies_worker import launch
+from processes import launch
 from support import TinyModule, same_bits
 from torch.optim import SGD
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from strategies_worker import launch
+from processes import launch
 from support import assert_quantized, assert_same_state, same_bits
 
 transformers = pytest.importorskip("transformers", reason="needs the extra huggingface")

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -20,6 +19,7 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from processes import Program, run_program
 from pytorch_lightning import Trainer
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -32,7 +32,6 @@ from inq_lightning.recipes.start import plan_epochs
 from inq_lightning.recipes.train import main
 from inq_lightning.report.run import Report
 
-SCRIPT = Path(sysconfig.get_path("scripts")) / "inq-train"
 SHORT = (
     "pretrain.max_epochs=1",
     "inq.schedule.epochs_per_phase=1",
@@ -50,7 +49,7 @@ LONG = (  # long enough to be interrupted
     "logger=none",
 )
 LONG_PRETRAINING = (
-    "pretrain.max_epochs=12",
+    "pretrain.max_epochs=6",
     "inq.schedule.portions=[1.0]",
     "inq.schedule.epochs_per_phase=1",
     "trainer.accelerator=cpu",
@@ -104,28 +103,6 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     main(configure(f"output_dir={folder}", *overrides))
     return read_report(folder)
-
-
-def start(cwd: Path, *arguments: str) -> subprocess.Popen[str]:
-    """The console script in a process of its own, with as many threads as this one."""
-    return subprocess.Popen(
-        [str(SCRIPT), *arguments],
-        cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "COLUMNS": "200"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        # A shell that starts the tests in the background makes them, and their children, ignore Ctrl-C.
-        preexec_fn=None if os.name == "nt" else lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    try:
-        output, _ = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    return output
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -182,11 +159,12 @@ class Finished:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     cwd = tmp_path_factory.mktemp("finished")
-    process = start(cwd, *SHORT, "inq.schedule.portions=[0.25,0.5,1.0]")
-    output = finish(process)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "200")
+        done = Program("inq-train", *SHORT, "inq.schedule.portions=[0.25,0.5,1.0]", cwd=cwd).finish()
     folders = list(cwd.glob("outputs/*/*"))
-    assert len(folders) == 1, output
-    return Finished(cwd, folders[0], output, process.returncode)
+    assert len(folders) == 1, done.stderr
+    return Finished(cwd, folders[0], done.stdout + done.stderr, done.returncode)
 
 
 @pytest.fixture(scope="module")
@@ -261,9 +239,7 @@ def test_a_preset_brings_its_portions_and_leaves_the_bits(pretrained: Path, tmp_
 
 
 def test_a_multirun_leaves_a_run_folder_for_each_job(pretrained: Path, tmp_path: Path) -> None:
-    process = start(tmp_path, "-m", *TINY, f"ckpt={pretrained}", "inq.bits=2,3")
-    output = finish(process)
-    assert process.returncode == 0, output
+    run_program("inq-train", "-m", *TINY, f"ckpt={pretrained}", "inq.bits=2,3", cwd=tmp_path)
     folders = sorted(path.parent for path in tmp_path.glob("multirun/*/*/*/report.json"))
     assert [folder.name for folder in folders] == ["0", "1"]
     assert [read_report(folder)["bits"] for folder in folders] == [[2], [3]]
@@ -292,11 +268,12 @@ def test_a_trial_run_need_not_reach_the_last_phase(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_write_one_report(tmp_path: Path) -> None:
-    process = start(tmp_path, *TINY, "trainer=ddp", "trainer.devices=2", f"hydra.run.dir={tmp_path}/run")
-    output = finish(process)
-    assert process.returncode == 0, output
-    assert output.count("Incremental Network Quantization") == 1
-    assert "Error" not in output
+    script = Path(sysconfig.get_path("scripts")) / "inq-train"  # which Lightning starts once more
+    command = [script, *TINY, "trainer=ddp", "trainer.devices=2", f"hydra.run.dir={tmp_path}/run"]
+    done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("Incremental Network Quantization") == 1
+    assert "Error" not in done.stdout
     assert read_report(tmp_path / "run")["quantized_fraction"] == 1.0
     assert_quantized(tmp_path / "run" / "quantized.ckpt")
 
@@ -385,15 +362,16 @@ def interrupt(folder: Path, stage: str, *overrides: str) -> None:
     """Starts a run and presses Ctrl-C once it has saved the first epoch of a stage."""
     if os.name == "nt":
         pytest.skip("no Ctrl-C can be sent to one process")
-    process = start(folder.parent, *overrides, f"hydra.run.dir={folder}")
+    program = Program("inq-train", *overrides, f"hydra.run.dir={folder}", cwd=folder.parent)
     deadline = time.monotonic() + 120
-    while not (folder / stage / "last.ckpt").exists() and process.poll() is None and time.monotonic() < deadline:
+    while not (folder / stage / "last.ckpt").exists() and program.process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
-    early = process.poll() is not None
-    process.send_signal(signal.SIGINT)
-    output = finish(process)
-    assert not early, f"ended before Ctrl-C: {output}"
-    assert process.returncode == 1, output
+    early = not program.process.is_alive()
+    if not early:
+        program.interrupt()
+    done = program.finish()
+    assert not early, f"ended before Ctrl-C: {done.stderr}"
+    assert done.returncode == 1, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -461,7 +439,7 @@ def test_an_interrupted_pretraining_goes_on_and_is_then_quantized(tmp_path: Path
         assert_quantized(resumed / "quantized.ckpt")
         with (resumed / "csv" / "pretrain" / "metrics.csv").open() as file:
             epochs = {int(row["epoch"]) for row in csv.DictReader(file) if row["val/acc"]}
-        assert epochs == set(range(min(epochs), 12))
+        assert epochs == set(range(min(epochs), 6))
         assert min(epochs) > 0, "pre-training began anew"
     assert report["before"] == expected["before"]
     assert_same_weights(tmp_path / "last" / "quantized.ckpt", straight / "quantized.ckpt")
@@ -524,10 +502,9 @@ def test_an_unknown_option_of_a_group_is_refused_with_those_there_are(override: 
 
 
 def test_a_mistake_ends_the_console_script_with_a_message(tmp_path: Path) -> None:
-    process = start(tmp_path, *TINY, "trainer.max_epochs=1")
-    output = finish(process)
-    assert process.returncode == 1
-    assert "training runs only 1 epochs" in output
+    done = Program("inq-train", *TINY, "trainer.max_epochs=1", cwd=tmp_path).finish()
+    assert done.returncode == 1
+    assert "training runs only 1 epochs" in done.stderr
 
 
 @pytest.mark.parametrize("override", ["inq.schedule.epochs_per_phase=4", "inq.schedule.starts=[0,3]"])
@@ -592,9 +569,7 @@ def test_steps_can_count_instead_of_epochs(pretrained: Path, tmp_path: Path) -> 
 def test_a_module_of_ones_own_in_the_working_directory_works_end_to_end(tmp_path: Path) -> None:
     (tmp_path / "my_module.py").write_text(MY_MODULE)
     custom = ["model=custom", "model._target_=my_module.MyModule", "+model.hidden=[8]", "pretrain=plain"]
-    process = start(tmp_path, *TINY, *custom, "hydra.run.dir=run")
-    output = finish(process)
-    assert process.returncode == 0, output
+    run_program("inq-train", *TINY, *custom, "hydra.run.dir=run", cwd=tmp_path)
     report = read_report(tmp_path / "run")
     assert report["quantized_fraction"] == 1.0
     assert report["before"].keys() == report["after"].keys() == {"test/acc"}

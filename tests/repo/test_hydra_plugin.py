@@ -9,6 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig
+from processes import run_program
 from support import ROOT
 
 from inq_lightning import PRESETS, PowerOfTwoGrid
@@ -24,7 +25,7 @@ def run(*arguments: str, cwd: Path) -> str:
 
 
 def template(*overrides: str, cwd: Path) -> str:
-    return run(str(APP / "src" / "train.py"), f"hydra.run.dir={cwd}", *overrides, cwd=cwd)
+    return run_program(APP / "src" / "train.py", f"hydra.run.dir={cwd}", *overrides, cwd=cwd)
 
 
 def weights(folder: Path) -> list[torch.Tensor]:
@@ -45,7 +46,7 @@ def test_a_template_trains_as_ever_without_the_callback(tmp_path: Path) -> None:
 
 
 def test_two_overrides_quantize_what_a_template_trains(tmp_path: Path) -> None:
-    template("callbacks=[default,inq]", "inq.bits=4", cwd=tmp_path)
+    template("callbacks=[default,inq]", "inq.bits=4", "trainer.max_epochs=6", cwd=tmp_path)
     for w in weights(tmp_path):
         levels = PowerOfTwoGrid(int(w.abs().max().log2()), 4).levels
         assert set(w.double().unique().tolist()) <= set(levels.tolist())

@@ -42,7 +42,13 @@ def test_dir_shows_every_public_name_and_each_can_be_imported() -> None:
             assert getattr(inq_lightning, name) is not None
 
 
-@pytest.mark.parametrize("first", ["import inq_lightning.frontends.lightning.callback", "import lightning.pytorch"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import inq_lightning.frontends.lightning.callback",
+        pytest.param("import lightning.pytorch", marks=pytest.mark.slow),  # the order of the script in test_packages.py
+    ],
+)
 def test_the_callback_is_one_of_both_packages_whatever_was_imported_first(first: str) -> None:
     run(
         f"{first}\n"

@@ -4,14 +4,12 @@ import ast
 import re
 import shlex
 import shutil
-import subprocess
-import sys
-import sysconfig
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from processes import run_program
 from support import ROOT, TESTS, TinyModule
 
 from inq_lightning.core.schedule import PRESETS
@@ -19,7 +17,6 @@ from inq_lightning.recipes.config import INQConfig, ScheduleConfig, register_tra
 
 register_training()
 
-SCRIPTS = Path(sysconfig.get_path("scripts"))
 README = (ROOT / "README.md").read_text()
 PAGES = [path for path in sorted((ROOT / "docs").rglob("*.md")) if path.name != "tutorial.md"]  # a notebook by itself
 DOCUMENTS = [path for path in [ROOT / "README.md", *PAGES] if "```" in path.read_text()]
@@ -84,10 +81,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that the documents speak of: of a short run of inq-train, with its configuration."""
     folder = tmp_path_factory.mktemp("trained")
     short = ["pretrain.max_epochs=1", "inq.schedule.portions=[1.0]", "inq.schedule.epochs_per_phase=1", "logger=none"]
-    subprocess.run([SCRIPTS / "inq-train", *short, f"hydra.run.dir={folder}"], cwd=folder, check=True)
+    run_program("inq-train", *short, f"hydra.run.dir={folder}", cwd=folder)
     shutil.copy(folder / "quantize" / "last.ckpt", folder / "quantized.ckpt")
     shutil.copy(folder / "pretrain" / "last.ckpt", folder / "trained.ckpt")
-    subprocess.run([SCRIPTS / "inq-export", "quantized.ckpt", "net.safetensors"], cwd=folder, check=True)
+    run_program("inq-export", "quantized.ckpt", "net.safetensors", cwd=folder)
     return folder
 
 
@@ -96,8 +93,7 @@ def test_every_other_command_of_the_documents_runs(line: str, trained: Path) -> 
     program, *arguments = shlex.split(line, comments=True)
     if "onnx" in arguments:
         pytest.importorskip("onnx")
-    done = subprocess.run([SCRIPTS / program, *arguments], cwd=trained, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_program(program, *arguments, cwd=trained)
 
 
 def test_the_readme_lists_every_option_with_its_default() -> None:
@@ -146,10 +142,7 @@ def test_the_examples_run(script: str, expected: str, tmp_path: Path) -> None:
     if script == "huggingface.py":
         pytest.importorskip("transformers", reason="needs the extra huggingface")
     overrides = {"hydra_app/app.py": ["inq.bits=4", "inq/schedule=alexnet", "inq.schedule.epochs_per_phase=1"]}
-    command = [sys.executable, str(ROOT / "examples" / script), *overrides.get(script, [])]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert expected in done.stdout
+    assert expected in run_program(ROOT / "examples" / script, *overrides.get(script, []), cwd=tmp_path)
 
 
 def test_every_line_of_the_compatibility_table_names_a_test() -> None:

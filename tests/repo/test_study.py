@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir, initialize_config_module
 from omegaconf import DictConfig
+from processes import run_program
 from safetensors.torch import save_file
 from support import ROOT
 
@@ -102,11 +101,11 @@ def test_a_cell_runs_from_its_baseline_and_is_skipped_once_it_has_its_result(tmp
     trained.parent.mkdir(parents=True)
     save_file(Classifier(ResNetCIFAR(8), 10).state_dict(), trained)
     command = [
-        *(sys.executable, "-m", "benchmarks.accuracy.study", "cell=5bit_pruned", f"folder={tmp_path}"),
+        *("-m", "benchmarks.accuracy.study", "cell=5bit_pruned", f"folder={tmp_path}"),
         *(f"data.path={tmp_path}/images.npz", "data.image_size=8", "model.net.depth=8", "trainer.precision=32-true"),
         *("inq.schedule.epochs_per_phase=1", "trainer.enable_progress_bar=false"),
     ]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    run_program(*command, cwd=ROOT)
     path = tmp_path / "5bit_pruned" / "0" / "result.json"
     result = json.loads(path.read_text())
     fractions = [epoch["inq/quantized_fraction"] for epoch in result["epochs"]]
@@ -118,14 +117,14 @@ def test_a_cell_runs_from_its_baseline_and_is_skipped_once_it_has_its_result(tmp
         counts = result["exponents"]["after"][layer["name"]]
         assert counts["None"] >= round(0.5 * layer["numel"])
     written = path.stat().st_mtime_ns
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    run_program(*command, cwd=ROOT)
     assert path.stat().st_mtime_ns == written
     assert results.gather(tmp_path)["5bit_pruned"][0] == result
     again = norms.measure(path.parent, tmp_path / "images.npz")
     assert again["ended"] == pytest.approx(result["metrics"]["val/acc"])
     assert 0 <= again["re-estimated"] <= 1
 
-    subprocess.run([*command, "name=try-x", "model.lr=0.05"], cwd=ROOT, check=True, capture_output=True)
+    run_program(*command, "name=try-x", "model.lr=0.05", cwd=ROOT)
     trial = results.gather(tmp_path)["try-x"][0]
     assert "test/acc" in result["metrics"]
     assert "test/acc" not in trial["metrics"]

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from processes import run_program
 from support import ROOT
 
 import inq_lightning
@@ -89,6 +90,7 @@ def test_the_wheel_installs_the_console_scripts(built: dict[str, Path]) -> None:
 
 COMPOSE = """
 import sys
+sys.path.insert(0, {installed!r})
 from hydra import compose, initialize_config_dir, initialize_config_module
 with initialize_config_dir({configs!r}, version_base="1.3"):
     print(compose("train", ["callbacks=[default,inq]", "inq.bits=4", "inq/schedule=2bit"]).callbacks.inq)
@@ -106,8 +108,8 @@ def test_what_is_installed_finds_its_configs_outside_the_source_tree(built: dict
     pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
     execute(tmp_path, *pip, str(built["sdist"]))
     shutil.copytree(ROOT / "examples" / "template_app" / "configs", elsewhere / "configs")
-    code = COMPOSE.format(configs=str(elsewhere / "configs"))
-    callback, application, places = execute(elsewhere, "-c", code, PYTHONPATH=str(target)).splitlines()
+    code = COMPOSE.format(installed=str(target), configs=str(elsewhere / "configs"))
+    callback, application, places = run_program("-c", code, cwd=elsewhere).splitlines()
     assert all(Path(place).is_relative_to(target) for place in places.split())
     assert "'bits': 4" in callback
     assert "'preset': '2bit'" in callback
@@ -124,8 +126,8 @@ def test_an_editable_install_finds_the_configs_where_the_checkout_has_them(
         (path,) = (name for name in archive.namelist() if ".dist-info/" not in name)
         assert path.endswith(".pth")
         added = archive.read(path).decode().strip()
-    code = COMPOSE.format(configs=str(ROOT / "examples" / "template_app" / "configs"))
-    callback, application, places = execute(tmp_path, "-c", code, PYTHONPATH=added).splitlines()
+    code = COMPOSE.format(installed=added, configs=str(ROOT / "examples" / "template_app" / "configs"))
+    callback, application, places = run_program("-c", code, cwd=tmp_path).splitlines()
     assert all(Path(place).is_relative_to(source) for place in places.split())
     assert "'preset': '2bit'" in callback
     assert "'preset': '2bit'" in application

@@ -3,8 +3,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import run_program
 from pytorch_lightning import Callback, LightningModule, Trainer
 from safetensors.torch import save_file
 from support import SCHEDULE, TinyModule, record, trainer
@@ -417,15 +416,14 @@ def test_a_network_whose_own_weights_are_quantized_too_is_fully_quantized(tmp_pa
 # ---- inq-inspect -----------------------------------------------------------------------------------------------------
 
 
-def test_the_script_prints_an_aligned_table_into_a_pipe(files: Files) -> None:
-    command = [sys.executable, "-m", "inq_lightning.cli.inspect", str(files.quantized)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
+def test_the_script_prints_an_aligned_table_into_a_pipe(files: Files, tmp_path: Path) -> None:
+    printed = run_program("inq-inspect", files.quantized, cwd=tmp_path)
+    lines = printed.splitlines()
     assert lines[0].split() == ["layer", "shape", "bits", "zeros", "n2", "shares", "n1", "before/B", "after/B"]
     assert {len(line) for line in lines[:3]} == {len(lines[0])}
     assert lines[1].split()[:3] == ["net.0.weight", "14×8", "5"]
-    assert "fully quantized yes" in " ".join(done.stdout.split())
-    assert "\x1b" not in done.stdout
+    assert "fully quantized yes" in " ".join(printed.split())
+    assert "\x1b" not in printed
 
 
 def test_json_is_one_document_with_everything(files: Files, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
-from inq_lightning.core.coverage import Coverage
-from inq_lightning.core.layer import Layer
 from inq_lightning.core.options import Options, takes_options
 from inq_lightning.core.plan import Plan
 from inq_lightning.core.quantizer import Quantizer
 from inq_lightning.core.schedule import Length
 from inq_lightning.core.selection import Selection
-from inq_lightning.frontends.lightning import clock, guards, record
+from inq_lightning.frontends.lightning import clock, guards, rates, record
 from inq_lightning.frontends.lightning.base import Callback
 from inq_lightning.frontends.lightning.drift import DriftWatch
 from inq_lightning.frontends.lightning.stopping import EarlyStoppingHold, forget_best
+from inq_lightning.frontends.standing import Standing
 
-_STOPPED = "was told to stop (trainer.should_stop), by a Timer, max_time or other code"
 
-
-class INQCallback(Callback):
+class INQCallback(Standing, Callback):
     """Turns the weights of the module that the Trainer fits into powers of two, phase by phase.
 
     At the beginning of each phase the largest free weights of every layer are rounded to the layer's grid and frozen
     for good; training goes on for the others, until all are frozen (Zhou et al., ICLR 2017, algorithm 1). The module
-    keeps its parameters, their names and its forward.
+    keeps its parameters, their names and its forward. :class:`~inq_lightning.frontends.standing.Standing` tells how far
+    it is.
 
     Its arguments are those of :class:`~inq_lightning.Options`, by the same names.
 
@@ -57,26 +54,6 @@ class INQCallback(Callback):
 
     # ---- what users ask ----------------------------------------------------------------------------------------------
 
-    @property
-    def quantized_fraction(self) -> float:
-        """Share of the selected weights that are frozen, all layers together: 0 to 1."""
-        return self.quantizer.quantized_fraction
-
-    @property
-    def phase(self) -> int:
-        """How many portions have begun: 0 before the first one."""
-        return self.quantizer.phase
-
-    @property
-    def layers(self) -> list[Layer]:
-        """One record for each selected parameter, in the module's order; empty before training starts."""
-        return self.quantizer.layers
-
-    @property
-    def coverage(self) -> Coverage:
-        """How much of the module is quantized, and what is left out and why; nothing before training starts."""
-        return self.quantizer.coverage
-
     def select(self, module: nn.Module) -> Selection:
         """The parameters of ``module`` that would be quantized, and at how many bits; and what would not, and why.
 
@@ -98,20 +75,6 @@ class INQCallback(Callback):
         in_epochs = trainer_epochs is not None and self.options.phases.unit == "epoch"
         return self.quantizer.plan(module, Length(epochs=trainer_epochs or 0) if in_epochs else None)
 
-    def frozen_mask(self, name: str) -> Tensor:
-        """Which weights of a parameter are frozen.
-
-        Args:
-            name: The parameter's name, as :attr:`layers` lists it.
-
-        Returns:
-            bool tensor in the parameter's shape, True where frozen. For a sharded parameter it is a collective call.
-
-        Raises:
-            KeyError: No selected parameter has this name.
-        """
-        return self.quantizer.frozen_mask(name)
-
     # ---- Lightning's hooks -------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -127,14 +90,14 @@ class INQCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember learning rates and schedulers as they were configured, before a checkpoint changes them."""
-        self.quantizer.configure(trainer.optimizers, [config.scheduler for config in trainer.lr_scheduler_configs])
+        self.quantizer.configure(trainer.optimizers, rates.schedulers(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Select the weights, take up a checkpoint's state, and refuse a run that cannot reach portion 1."""
         self._begin(trainer, pl_module)
         if not self.coverage.overlooked:  # otherwise the engine has said it in a warning
             rank_zero_info(str(self.coverage))
-        self._fit_rates(trainer)
+        rates.fit(trainer, self.quantizer)
         guards.check_averaging(trainer, self.quantizer.timetable, self.quantizer.origin)
         if not self.quantizer.complete:
             self._stopping.hold(trainer)
@@ -211,7 +174,7 @@ class INQCallback(Callback):
         self._release()
         self._drift.finish(trainer)
         if self.layers and self.quantized_fraction < 1:
-            reason = f"; it {_STOPPED}" if trainer.should_stop else ""
+            reason = f"; it {clock.STOPPED}" if trainer.should_stop else ""
             rank_zero_warn(
                 f"training ended with {self.quantized_fraction:.1%} of the selected weights quantized{reason}; resume "
                 "it from a checkpoint to finish the schedule"
@@ -264,26 +227,13 @@ class INQCallback(Callback):
                 f"{self.quantizer.timetable.unit} {self.quantizer.origin}."
             )
 
-    def _fit_rates(self, trainer: Trainer) -> None:
-        steps = {id(c.scheduler): clock.scheduler_steps(trainer, c) for c in trainer.lr_scheduler_configs}
-        known = self.quantizer.timetable.unit == "step" or math.isfinite(trainer.num_training_batches)
-        obstacle = None if known else "nothing says how many batches an epoch has"
-        fits = self.quantizer.fit_rates(clock.length(trainer), steps, obstacle=obstacle)
-        for fitted, say in ((True, rank_zero_info), (False, rank_zero_warn)):
-            texts = [fit.text for fit in fits if fit.fits == fitted]
-            if texts:
-                say("Learning rate: " + " ".join(texts))
-
     def _advance(self, trainer: Trainer, pl_module: LightningModule, batch: int) -> None:
-        unit = self.quantizer.timetable.unit
-        now = clock.position(trainer, unit)
-        if self.quantizer.advance(pl_module, now):
+        if self.quantizer.advance(pl_module, clock.position(trainer, self.quantizer.timetable.unit)):
             self._drift.expect()
             if self.quantizer.complete:
                 self._stopping.release()
                 forget_best(trainer)
-        part, parts = (batch // trainer.accumulate_grad_batches, clock.parts(trainer)) if unit == "epoch" else (0, 1)
-        self.quantizer.follow_rates(now, part, parts, [config.scheduler for config in trainer.lr_scheduler_configs])
+        rates.follow(trainer, self.quantizer, batch)
 
     def _release(self) -> None:
         self.quantizer.release()
@@ -296,14 +246,7 @@ class INQCallback(Callback):
         elif self._finished is not None and self._finished.describes(pl_module):
             self._start_with(self._finished)
         else:
-            reason = (
-                f"{_STOPPED} before the first batch"
-                if trainer.should_stop
-                else (
-                    f"had no batch to run, with limit_train_batches={trainer.limit_train_batches}, "
-                    f"max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps} and the data that it was given"
-                )
-            )
+            reason = clock.why_nothing_ran(trainer)
             rank_zero_warn(f"nothing was trained, so INQCallback has quantized nothing: the Trainer {reason}")
 
     def _log_state(self, pl_module: LightningModule, **when: Any) -> None:

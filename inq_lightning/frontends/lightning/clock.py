@@ -1,4 +1,4 @@
-"""What a Trainer's settings mean for a schedule: how long the run is, where it stands."""
+"""What a Trainer's settings mean for a schedule: how long the run is, where it stands, why it ended."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.utilities.types import LRSchedulerConfig
 
 from inq_lightning.core.schedule import Length, Unit
+
+STOPPED = "was told to stop (trainer.should_stop), by a Timer, max_time or other code"
 
 
 def position(trainer: Trainer, unit: Unit) -> int:
@@ -54,3 +56,13 @@ def scheduler_steps(trainer: Trainer, config: LRSchedulerConfig) -> Mapping[str,
 def limit(value: int | None) -> float:
     """``max_epochs`` or ``max_steps`` as a number; inf for None and -1."""
     return math.inf if value is None or value < 0 else value
+
+
+def why_nothing_ran(trainer: Trainer) -> str:
+    """What kept the Trainer from running a batch."""
+    if trainer.should_stop:
+        return f"{STOPPED} before the first batch"
+    return (
+        f"had no batch to run, with limit_train_batches={trainer.limit_train_batches}, "
+        f"max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps} and the data that it was given"
+    )

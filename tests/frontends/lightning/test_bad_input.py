@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,6 +13,7 @@ from typing import Any
 import kill_worker
 import pytest
 import torch
+from processes import run_program
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from support import SCHEDULE, TinyModule, assert_quantized, assert_same_state, loader, same_bits, trainer
@@ -356,17 +354,13 @@ def test_a_broken_file_fails_loudly_and_the_one_before_still_resumes(saved: Path
     assert_quantized(module, inq)
 
 
-def test_a_full_disk_leaves_no_partial_file_and_the_good_ones_as_they_were(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_no_partial_file_and_the_good_ones_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    done = subprocess.run(
-        [sys.executable, kill_worker.__file__, str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    run_program(kill_worker.__file__, tmp_path, cwd=tmp_path)
     errors = json.loads((tmp_path / "errors.json").read_text())
     assert errors == {
         f"{name} at {size}": "File too large"

@@ -34,10 +34,11 @@ OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
     "rmsprop": lambda p, **k: optim.RMSprop(p, lr=1e-3, momentum=0.9, weight_decay=1e-2, **k),
     "adagrad": lambda p, **k: optim.Adagrad(p, lr=1e-2, weight_decay=1e-2, **k),
 }
+SLOW = {"foreach": True}  # test_frozen.py has it under each optimizer in the default run
 VARIANTS = [
-    (name, variant)
+    pytest.param(name, variant, marks=[pytest.mark.slow] * (variant == SLOW))
     for name in OPTIMIZERS
-    for variant in ({}, {"foreach": True}, {"fused": True})
+    for variant in ({}, SLOW, {"fused": True})
     if not (name == "rmsprop" and variant.get("fused"))  # torch has no fused RMSprop
 ]
 

@@ -474,7 +474,7 @@ def play(sequences: int) -> None:
 
 
 def test_interrupted_runs_keep_every_promise_and_end_as_uninterrupted_ones() -> None:
-    play(30)
+    play(15)
 
 
 @pytest.mark.slow

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import random
 import signal
 import time
@@ -14,7 +12,8 @@ from pickle import UnpicklingError
 import kill_worker
 import pytest
 import torch
-from support import TESTS, assert_quantized, same_bits, trainer
+from processes import process as new_process
+from support import assert_quantized, same_bits, trainer
 from torch import Tensor
 
 SECONDS = 4.0  # a whole training takes about as long
@@ -35,9 +34,6 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.unreadable = 0
-        # Processes are forked from one that has imported everything, but computed nothing.
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["kill_worker"])
 
     def newest(self) -> Path | None:
         """The newest checkpoint that can be read: a process may have been killed while it wrote one."""
@@ -54,7 +50,7 @@ class Runs:
         """Start a process and wait until it trains, or has ended."""
         started = self.folder / "started"
         started.unlink(missing_ok=True)
-        process = self.context.Process(target=kill_worker.train, args=(self.folder, self.newest()))
+        process = new_process(kill_worker.train, self.folder, self.newest())
         process.start()
         while not started.exists() and process.is_alive():
             time.sleep(0.002)
@@ -70,8 +66,7 @@ class Runs:
 
 
 @pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
-    monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
+def runs(tmp_path: Path) -> Runs:
     return Runs(tmp_path)
 
 

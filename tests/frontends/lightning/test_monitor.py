@@ -3,8 +3,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import subprocess
-import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +12,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from processes import launch, run_program
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
@@ -21,8 +20,8 @@ from pytorch_lightning.loggers import MLFlowLogger as MLFlowLoggerOfLightning
 from pytorch_lightning.loggers import WandbLogger as WandbLoggerOfLightning
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.strategies import ModelParallelStrategy
-from strategies_worker import Net, ShardedNet, launch
-from support import SCHEDULE, TESTS, TinyModule, assert_same_state, trainer
+from strategies_worker import Net, ShardedNet
+from support import SCHEDULE, TinyModule, assert_same_state, trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -335,13 +334,20 @@ def histograms(shown: EventAccumulator) -> dict[str, list[tuple[int, list[float]
     }
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> EventAccumulator:
+    """What one process shows."""
+    folder = tmp_path_factory.mktemp("one")
+    fit_monitored(str(folder), 1, False)
+    return events(folder / "tensorboard")
+
+
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
-def test_two_processes_show_once_what_one_does(sharded: bool, tmp_path: Path) -> None:
-    fit_monitored(str(tmp_path / "one"), 1, False)
-    launch(2, fit_monitored, str(tmp_path / "two"), 2, sharded)
-    writers = {path.name.split(".")[-2] for path in (tmp_path / "two" / "tensorboard").glob("events.*")}
+def test_two_processes_show_once_what_one_does(sharded: bool, one: EventAccumulator, tmp_path: Path) -> None:
+    launch(2, fit_monitored, str(tmp_path), 2, sharded)
+    writers = {path.name.split(".")[-2] for path in (tmp_path / "tensorboard").glob("events.*")}
     assert len(writers) == 1  # their process ids
-    one, two = (events(tmp_path / name / "tensorboard") for name in ("one", "two"))
+    two = events(tmp_path / "tensorboard")
     assert len(histograms(one)) == 6
     assert histograms(two) == histograms(one)
     assert two.Tags() == one.Tags()
@@ -349,7 +355,7 @@ def test_two_processes_show_once_what_one_does(sharded: bool, tmp_path: Path) ->
         assert [image.step for image in two.Images(tag)] == [image.step for image in one.Images(tag)]
     for tag in ("inq/bytes", "inq/quantized_fraction", "val_loss"):
         assert [(e.step, e.value) for e in two.Scalars(tag)] == [(e.step, e.value) for e in one.Scalars(tag)]
-    assert (tmp_path / "two" / "csv" / "metrics.csv").read_text().count("\n") > 5
+    assert (tmp_path / "csv" / "metrics.csv").read_text().count("\n") > 5
 
 
 # ---- resume ----------------------------------------------------------------------------------------------------------
@@ -394,7 +400,6 @@ import torchmetrics  # which imports it where it is installed
 for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
     del sys.modules[name]
 sys.modules["matplotlib"] = None
-sys.path.insert(0, {tests!r})
 from pytorch_lightning.loggers import TensorBoardLogger
 from inq_lightning import INQCallback
 from inq_lightning.frontends.lightning.monitor import INQMonitor
@@ -408,11 +413,10 @@ print(*[w.message for w in caught if "figures" in str(w.message)], sep="\\n")
 
 
 def test_without_matplotlib_one_warning_says_so_and_the_rest_is_logged(tmp_path: Path) -> None:
-    code = WITHOUT.format(tests=str(TESTS), folder=str(tmp_path))
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    lines = [line for line in result.stdout.splitlines() if line]
-    assert len(lines) == 1, result.stdout
+    code = WITHOUT.format(folder=str(tmp_path))
+    printed = run_program("-c", code, cwd=tmp_path)
+    lines = [line for line in printed.splitlines() if line]
+    assert len(lines) == 1, printed
     assert "pip install 'inq-lightning[train]'" in lines[0]
     tags = events(tmp_path / "run").Tags()
     assert tags["images"] == []

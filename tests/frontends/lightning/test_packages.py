@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +9,9 @@ import pytest
 import pytorch_lightning as separate
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
+from processes import run_program
 from pytorch_lightning.cli import LightningCLI
-from support import ROOT, SCHEDULE, TESTS, TinyModule, Witness, assert_quantized, loader, same_bits, weights
+from support import ROOT, SCHEDULE, TinyModule, Witness, assert_quantized, loader, same_bits, weights
 from torch import Tensor, nn
 
 from inq_lightning import INQCallback, Schedule
@@ -126,7 +125,7 @@ SCRIPT = """
 import sys
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningCLI
-sys.path[:0] = [sys.argv.pop(1), sys.argv.pop(1)]
+sys.path.insert(0, sys.argv.pop(1))
 from inq_lightning import INQCallback
 import pytorch_lightning
 assert isinstance(INQCallback(), pl.Callback) and isinstance(INQCallback(), pytorch_lightning.Callback)
@@ -144,11 +143,9 @@ print("single", single.quantized_fraction)
 def test_the_command_line_of_the_unified_package_takes_the_callback(tmp_path: Path) -> None:
     options = ["--trainer.callbacks+=inq_lightning.INQCallback", "--trainer.callbacks.bits=4"]
     options.append("--trainer.callbacks.schedule=alexnet")
-    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(TESTS), *options]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "bits 4 portions (0.3, 0.6, 0.8, 1.0) quantized 1.0" in done.stdout
-    assert "single 1.0" in done.stdout
+    printed = run_program("-c", SCRIPT, Path(__file__).parent, *options, cwd=tmp_path)
+    assert "bits 4 portions (0.3, 0.6, 0.8, 1.0) quantized 1.0" in printed
+    assert "single 1.0" in printed
 
 
 # ---- LightningCLI ----------------------------------------------------------------------------------------------------
@@ -250,10 +247,8 @@ def test_wrong_values_are_refused_by_name(
 
 
 def run_example(folder: Path, *options: str) -> None:
-    command = [sys.executable, str(EXAMPLE / "main.py"), "fit", "--trainer.accelerator=cpu", *options]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "bits 4, quantized 100%" in done.stdout
+    printed = run_program(EXAMPLE / "main.py", "fit", "--trainer.accelerator=cpu", *options, cwd=folder)
+    assert "bits 4, quantized 100%" in printed
 
 
 def test_the_example_runs_from_its_yaml_file_and_the_command_line(tmp_path: Path) -> None:

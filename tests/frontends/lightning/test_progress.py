@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from processes import Program
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from support import SCHEDULE, TinyModule, trainer
@@ -112,7 +113,7 @@ def test_the_weights_are_the_same_with_and_without() -> None:
 # ---- inq-train -------------------------------------------------------------------------------------------------------
 
 COMMAND = (
-    str(Path(sysconfig.get_path("scripts")) / "inq-train"),
+    "inq-train",
     *("pretrain.max_epochs=1", "inq.schedule.epochs_per_phase=1", "inq.schedule.portions=[0.5,1.0]"),
     *("trainer.accelerator=cpu", "trainer.limit_train_batches=3", "logger=none", "hydra.run.dir=run"),
 )
@@ -127,7 +128,7 @@ def strict(line: str) -> dict[str, Any]:
 
 
 def test_away_from_a_terminal_standard_output_is_lines_of_json(tmp_path: Path) -> None:
-    result = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True, check=False)
+    result = Program(*COMMAND, cwd=tmp_path).finish()
     assert result.returncode == 0, result.stderr
     *epochs, last = [strict(line) for line in result.stdout.splitlines()]
     assert [(e["event"], e["stage"], e["epoch"], e["phase"], e["quantized_fraction"]) for e in epochs] == [
@@ -146,8 +147,9 @@ def test_away_from_a_terminal_standard_output_is_lines_of_json(tmp_path: Path) -
 def test_on_a_terminal_it_shows_progress_and_a_table(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     environment = os.environ | {"COLUMNS": "160", "TERM": "xterm"}
+    command = [Path(sysconfig.get_path("scripts")) / COMMAND[0], *COMMAND[1:]]
     with subprocess.Popen(
-        COMMAND, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+        command, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, env=environment
     ) as process:
         os.close(theirs)
         screen = b""

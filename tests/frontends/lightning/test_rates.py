@@ -22,7 +22,7 @@ from pytorch_lightning.callbacks import (
     StochasticWeightAveraging,
 )
 from pytorch_lightning.loggers import CSVLogger
-from support import TinyModule, assert_quantized, assert_same_state, loader, trainer
+from support import Holds, TinyModule, assert_quantized, assert_same_state, loader, trainer
 from torch import optim
 from torch.optim import lr_scheduler as s
 from torch.utils.data import DataLoader, IterableDataset
@@ -216,21 +216,6 @@ def test_training_before_the_first_phase_has_the_whole_curve_too() -> None:
     run = [0.05 * (1 + math.cos(math.pi * epoch / 8)) for epoch in range(8)]
     assert module.rates[:16] == pytest.approx(squeezed(run, 16))
     assert module.rates[16:] == pytest.approx(squeezed(run, 8) * 2)
-
-
-class Holds(s.LRScheduler):
-    def __init__(self, optimizer: optim.Optimizer, inner: s.LRScheduler) -> None:
-        self.inner = inner
-        super().__init__(optimizer)
-
-    def get_lr(self) -> Any:
-        return self.inner.get_last_lr()
-
-    def step(self, epoch: int | None = None) -> None:
-        self.last_epoch += 1
-        if self.last_epoch:
-            self.inner.step()
-        self._last_lr = self.inner.get_last_lr()
 
 
 def test_a_scheduler_that_holds_another_begins_anew_with_it() -> None:

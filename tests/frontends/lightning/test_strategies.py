@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import launch
 from pytorch_lightning import Trainer
 from pytorch_lightning.accelerators import CUDAAccelerator
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
@@ -20,7 +21,6 @@ from strategies_worker import (
     fit,
     fit_all,
     fit_in_children,
-    launch,
     resume_with_a_used_callback,
     sgd,
 )
@@ -119,6 +119,7 @@ def script(*jobs: dict[str, Any]) -> None:
     subprocess.run([sys.executable, worker, json.dumps(jobs)], check=True, timeout=240, env=os.environ)
 
 
+@pytest.mark.slow  # each imports Lightning anew; the tests around this one start the same processes as torchrun does
 def test_a_script_that_lightning_runs_once_more_for_each_process_trains_the_same(tmp_path: Path) -> None:
     alone = one_process(tmp_path / "alone")
     script({"out": str(tmp_path / "ddp"), "strategy": "ddp", "devices": 2}, {"out": str(tmp_path / "fsdp"), "fsdp": 2})
@@ -140,10 +141,19 @@ def test_processes_with_data_of_their_own_freeze_the_same_weights(tmp_path: Path
         assert_same(first, second, losses=False)
 
 
-def test_processes_forked_and_spawned_one_after_the_other_take_the_same_callback(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "strategies",
+    [
+        ["ddp_fork"],
+        pytest.param(["ddp_fork", "ddp_spawn"], marks=pytest.mark.slow),  # each that is spawned imports Lightning anew
+    ],
+)
+def test_processes_forked_and_spawned_one_after_the_other_take_the_same_callback(
+    tmp_path: Path, strategies: list[str]
+) -> None:
     alone = one_process(tmp_path / "alone")
-    launch(1, fit_in_children, str(tmp_path))
-    for strategy in ("ddp_fork", "ddp_spawn"):
+    launch(1, fit_in_children, str(tmp_path), strategies)
+    for strategy in strategies:
         assert_ranks_train_what_one_process_does(tmp_path / strategy, alone, 2)
         # Back in the main process: Lightning brings weights and metrics there, but no callback.
         main = torch.load(tmp_path / strategy / "main.pt")
