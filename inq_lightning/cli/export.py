@@ -81,8 +81,9 @@ def _export(target: Format, options: argparse.Namespace) -> list[str]:
     """Write the file; returns what there is to tell."""
     _check_options(target, options)
     checkpoint = read_checkpoint(options.checkpoint)
+    everything = {**checkpoint.state_dict, **checkpoint.extra_state}
     source, layers, shape = (
-        (checkpoint.state_dict, checkpoint.layers, None) if target.of_tensors else _build(checkpoint, options)
+        (everything, checkpoint.layers, None) if target.of_tensors else _build(checkpoint, everything, options)
     )
     values = {
         "entropy_coded": options.entropy_coded,
@@ -110,7 +111,9 @@ def _check_options(target: Format, options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} has no meaning for --format {target.name}")
 
 
-def _build(checkpoint: Contents, options: argparse.Namespace) -> tuple[nn.Module, list[Layer] | None, list[int] | None]:
+def _build(
+    checkpoint: Contents, everything: dict[str, Any], options: argparse.Namespace
+) -> tuple[nn.Module, list[Layer] | None, list[int] | None]:
     """The trained network, the records of its layers under its own names, and the shape of an input if known."""
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # the network may be of a module of the user's own, as under python -m
@@ -124,9 +127,9 @@ def _build(checkpoint: Contents, options: argparse.Namespace) -> tuple[nn.Module
             shape = [int(n) for n in options.input_shape.split(",")]
         except ValueError as error:
             raise ValueError(f"--input-shape takes numbers such as 1,3,32,32, got {options.input_shape}") from error
-    prefix = common_prefix(checkpoint.state_dict, model.state_dict())
+    prefix = common_prefix(everything, model.state_dict())
     try:
-        model.load_state_dict({name.removeprefix(prefix): value for name, value in checkpoint.state_dict.items()})
+        model.load_state_dict({name.removeprefix(prefix): value for name, value in everything.items()})
     except RuntimeError as error:
         raise ValueError(f"the checkpoint does not fit the network: {error}") from error
     layers = checkpoint.layers and [replace(x, name=x.name.removeprefix(prefix)) for x in checkpoint.layers]

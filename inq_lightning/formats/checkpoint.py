@@ -20,6 +20,8 @@ from inq_lightning.formats.contents import Contents
 from inq_lightning.formats.tensors import read_head
 from inq_lightning.grid import from_spec
 
+_EXTRA = "_extra_state"  # what torch calls it
+
 
 def recognizes(head: bytes) -> bool:
     """Whether a file that begins like this may be a checkpoint or a state_dict, of torch or of safetensors."""
@@ -73,11 +75,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Contents:
     kind = "checkpoint" if "state_dict" in checkpoint else "state_dict"
     tensors = dict(checkpoint["state_dict"] if kind == "checkpoint" else checkpoint)
     weights = {plain_name(name): value for name, value in tensors.items() if isinstance(value, Tensor)}
+    extra = {plain_name(n): v for n, v in tensors.items() if n.split(".")[-1] == _EXTRA and not isinstance(v, Tensor)}
     if not weights:
         raise ValueError(f"{path} holds no weights: it is neither a Lightning checkpoint nor a state_dict")
     state = checkpoint.get("callbacks", {}).get("INQCallback") if kind == "checkpoint" else None
     if not state:
-        return Contents(kind, weights)
+        return Contents(kind, weights, extra_state=extra)
     try:
         state = saved_state.check(state)
         masks = {name: _mask(name, layer, weights) for name, layer in state["layers"].items()}
@@ -94,6 +97,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Contents:
         schedule=Schedule(**state["schedule"]),
         phase=state["phase"],
         metadata=said,
+        extra_state=extra,
     )
 
 
@@ -114,7 +118,10 @@ def _layer(name: str, state: Mapping[str, Any]) -> Layer:
 def _mask(name: str, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Tensor:
     """Which of a layer's weights the callback has frozen."""
     if name not in weights:
-        raise ValueError(f"the INQ state names {name}, which the file's state_dict lacks")
+        raise ValueError(
+            f"the INQ state names {name}, which the file's state_dict lacks; where the module renames its weights in "
+            "state_dict(), load the checkpoint into it and save it with save_packed or export_onnx in Python"
+        )
     shape = weights[name].shape
     mask = unpack_mask(state["mask"], shape)
     if list(shape) != state["shape"] or int(mask.count_nonzero()) != state["frozen"]:

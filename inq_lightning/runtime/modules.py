@@ -92,7 +92,10 @@ def to_packed(
                 swapped.pop(id(parameter), None)  # stays in memory anyway
     # Copied without the weights that are about to go: each is its own copy.
     weights = {id(p): p for p in model.parameters() if id(p) in swapped}
-    packed = copy.deepcopy(model, dict(weights))
+    # What a hook computed last, as the older weight_norm does, torch does not copy.
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    computed = {id(t): t.detach().clone() for t in attributes if isinstance(t, Tensor) and not t.is_leaf}
+    packed = copy.deepcopy(model, weights | computed)
     codes = {key: _encode(swapped[key], weight.detach()) for key, weight in weights.items()}
     first: dict[int, Packed] = {}
     for module in packed.modules():
