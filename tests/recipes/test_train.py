@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_module
@@ -30,6 +31,7 @@ from inq_lightning import PRESETS, inspect_file, read_packed
 from inq_lightning.cli.export import main as export
 from inq_lightning.grid import from_spec
 from inq_lightning.recipes.models import LeNet5, SmallCNN
+from inq_lightning.recipes.plan import main as plan
 from inq_lightning.recipes.start import plan_epochs
 from inq_lightning.recipes.train import main
 from inq_lightning.report.run import Report
@@ -673,6 +675,43 @@ def test_a_module_with_a_partial_optimizer_among_its_hyperparameters_reads_back_
     assert kept["quantized_fraction"] == 1
     with pytest.raises(ValueError, match=r"holds in mine objects that only code could restore.*leave out resume=true"):
         run(tmp_path / "refused", *custom, f"ckpt={tmp_path}/kept/quantized.ckpt", "resume=true")
+
+
+def command(function: Callable[[], None], *arguments: str) -> None:
+    """A command as Hydra runs it, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["inq", *arguments])
+        function()
+
+
+def test_relative_paths_are_those_of_the_working_directory_in_whatever_folder_the_job_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    images, labels = torch.randint(0, 256, (64, 8, 8), dtype=torch.uint8), torch.arange(64) % 3
+    parts = {f"{kind}_{part}": x.numpy() for part in ("train", "test") for kind, x in (("x", images), ("y", labels))}
+    np.savez("images.npz", **parts)
+    (tmp_path / "my_nets.py").write_text(MY_MODULE.replace("nn.Linear(hidden[0], 10)", "nn.Linear(hidden[0], 3)"))
+    custom = ["model=custom", "model._target_=my_nets.MyModule", "+model.hidden=[8]", "pretrain=plain"]
+    shared = [
+        *TINY,
+        *custom,
+        "data=npz",
+        "data.batch_size=8",
+        "data.path=images.npz",
+        "data.in_channels=1",
+        "data.image_size=8",
+        "hydra.job.chdir=true",
+        "output=json",
+    ]
+    command(main, *shared, "hydra.run.dir=run", "trainer.enable_progress_bar=false")
+    again = [*shared, "ckpt=run/quantized.ckpt"]
+    capsys.readouterr()
+    command(plan, *again, "hydra.run.dir=plan")
+    assert '"selected": 536' in capsys.readouterr().out
+    command(main, *again, "hydra.run.dir=again")
+    assert read_report(tmp_path / "again")["before"] == read_report(tmp_path / "run")["after"]
+    assert Path.cwd() == tmp_path
 
 
 def test_a_module_without_a_learning_rate_is_told_of_plain_pretraining(tmp_path: Path) -> None:
