@@ -5,6 +5,7 @@
     inq-export quantized.ckpt network.safetensors
     inq-export quantized.ckpt network.onnx --format onnx
     inq-export quantized.ckpt network.onnx --format onnx --model my_package.networks:build --input-shape 1,3,32,32
+    inq-export quantized.ckpt network.onnx --format onnx --model my_package:gpt --input-shape 1,64 --input-dtype int64
 """
 
 from __future__ import annotations
@@ -70,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     others.add_argument("--model", metavar="MODULE:FACTORY", help="what returns the network, called without arguments")
     others.add_argument("--input-shape", metavar="N,N,...", help="of an example input, batch first; for onnx")
     others.add_argument(
+        "--input-dtype",
+        choices=["float32", "int64", "int32", "uint8", "bool"],
+        help="of the example input, such as int64 for token ids: zeros and ones then; for onnx; default: float32",
+    )
+    others.add_argument("--fixed-batch", action="store_true", help="for onnx: take batches of the example's size only")
+    others.add_argument(
         "--activations",
         choices=["float", "int8"],
         help="for onnx: int8 rounds the inputs of linear layers to 8 bits, which is faster; default: float",
@@ -81,14 +88,16 @@ def _export(target: Format, options: argparse.Namespace) -> list[str]:
     """Write the file; returns what there is to tell."""
     _check_options(target, options)
     checkpoint = read_checkpoint(options.checkpoint)
+    everything = {**checkpoint.state_dict, **checkpoint.extra_state}
     source, layers, shape = (
-        (checkpoint.state_dict, checkpoint.layers, None) if target.of_tensors else _build(checkpoint, options)
+        (everything, checkpoint.layers, None) if target.of_tensors else _build(checkpoint, everything, options)
     )
     values = {
         "entropy_coded": options.entropy_coded,
         "float_dtype": options.float_dtype and getattr(torch, options.float_dtype),
         "schedule": checkpoint.schedule,
-        "inputs": shape and torch.randn(shape, generator=torch.Generator().manual_seed(0)),
+        "inputs": shape and _example(shape, options.input_dtype),
+        "fixed_batch": options.fixed_batch,
         "activations": options.activations or "float",
     }
     if "inputs" in target.options and not shape:
@@ -101,16 +110,26 @@ def _export(target: Format, options: argparse.Namespace) -> list[str]:
     return [size, *told]
 
 
+def _example(shape: list[int], dtype: str | None) -> torch.Tensor:
+    """Normal numbers; where whole ones are asked for, zeros and ones, which every table of embeddings has."""
+    generator = torch.Generator().manual_seed(0)
+    if dtype in (None, "float32"):
+        return torch.randn(shape, generator=generator)
+    return torch.randint(0, 2, shape, generator=generator).to(getattr(torch, dtype))
+
+
 def _check_options(target: Format, options: argparse.Namespace) -> None:
     """Refuse options that the format would ignore."""
-    taken = {"input_shape" if name == "inputs" else name for name in target.options}
+    taken = set(target.options) | ({"input_shape", "input_dtype"} if "inputs" in target.options else set())
     taken |= set() if target.of_tensors else {"model"}
-    for name in ("entropy_coded", "float_dtype", "model", "input_shape", "activations"):
+    for name in ("entropy_coded", "float_dtype", "model", "input_shape", "input_dtype", "fixed_batch", "activations"):
         if getattr(options, name) and name not in taken:
             raise ValueError(f"--{name.replace('_', '-')} has no meaning for --format {target.name}")
 
 
-def _build(checkpoint: Contents, options: argparse.Namespace) -> tuple[nn.Module, list[Layer] | None, list[int] | None]:
+def _build(
+    checkpoint: Contents, everything: dict[str, Any], options: argparse.Namespace
+) -> tuple[nn.Module, list[Layer] | None, list[int] | None]:
     """The trained network, the records of its layers under its own names, and the shape of an input if known."""
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # the network may be of a module of the user's own, as under python -m
@@ -124,9 +143,9 @@ def _build(checkpoint: Contents, options: argparse.Namespace) -> tuple[nn.Module
             shape = [int(n) for n in options.input_shape.split(",")]
         except ValueError as error:
             raise ValueError(f"--input-shape takes numbers such as 1,3,32,32, got {options.input_shape}") from error
-    prefix = common_prefix(checkpoint.state_dict, model.state_dict())
+    prefix = common_prefix(everything, model.state_dict())
     try:
-        model.load_state_dict({name.removeprefix(prefix): value for name, value in checkpoint.state_dict.items()})
+        model.load_state_dict({name.removeprefix(prefix): value for name, value in everything.items()})
     except RuntimeError as error:
         raise ValueError(f"the checkpoint does not fit the network: {error}") from error
     layers = checkpoint.layers and [replace(x, name=x.name.removeprefix(prefix)) for x in checkpoint.layers]

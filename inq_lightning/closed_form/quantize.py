@@ -15,7 +15,7 @@ from inq_lightning.closed_form.feeding import Call, read_batches
 from inq_lightning.closed_form.norms import Channels, Norm, refit
 from inq_lightning.closed_form.solve import Moments, approach, damped, target
 from inq_lightning.closed_form.watch import Capture, Enough, Trace, Use
-from inq_lightning.core.layer import Layer, plain_name
+from inq_lightning.core.layer import Layer, computed_tensors, plain_name
 from inq_lightning.core.selection import Selected, select_parameters
 from inq_lightning.grid import Grid, PowerOfTwoGrid
 from inq_lightning.grid.levels import LevelsLike
@@ -131,8 +131,8 @@ class _Walk:
         self.levels = levels
         self.bits = {one.name: one.bits for one in selected}
         # Its own buffers and modules, which a forward pass may change, but the model's parameters.
-        self.wanted = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
-        self.copy = copy.deepcopy(model).eval()
+        self.wanted = copy.deepcopy(model, {id(p): p for p in model.parameters()} | computed_tensors(model)).eval()
+        self.copy = copy.deepcopy(model, computed_tensors(model)).eval()
         self.tensors: dict[str, Tensor] = {
             plain_name(name): tensor for name, tensor in [*self.copy.named_parameters(), *self.copy.named_buffers()]
         }

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from inq_lightning.grid import Grid
 
@@ -63,3 +63,12 @@ def plain_name(name: str) -> str:
 def named_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """All parameters by their plain names, a tied one under each of its names."""
     return ((plain_name(name), p) for name, p in module.named_parameters(remove_duplicate=False))
+
+
+def computed_tensors(module: nn.Module) -> dict[int, Tensor]:
+    """Copies of what hooks have computed last, such as the older weight_norm's weight: a memo for ``copy.deepcopy``.
+
+    By themselves they cannot be copied, as they are no leaves of the graph of gradients.
+    """
+    attributes = (value for layer in module.modules() for value in vars(layer).values())
+    return {id(t): t.detach().clone() for t in attributes if isinstance(t, Tensor) and not t.is_leaf}

@@ -105,7 +105,9 @@ class Quantizer:
         if self.sqnr_db is not None:
             values["inq/sqnr_db"] = self.sqnr_db
         if self.options.log_per_layer:
-            values |= {f"inq/quantized_fraction/{layer.name}": layer.frozen / layer.numel for layer in self.layers}
+            # Not below inq/quantized_fraction: names are paths to MLflow, and no file can be a folder too.
+            shares = {layer.name: layer.frozen / layer.numel if layer.numel else 1.0 for layer in self.layers}
+            values |= {f"inq/quantized_fraction_per_layer/{name}": share for name, share in shares.items()}
         return values
 
     @property

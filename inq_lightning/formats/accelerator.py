@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from inq_lightning._common import atomic, one_of
 from inq_lightning.core.layer import Layer
 from inq_lightning.formats.contents import Contents
-from inq_lightning.formats.layers import find_grids
+from inq_lightning.formats.layers import find_grids, grids_in_state
 from inq_lightning.formats.tensors import NAMES, dtype_name, memory, plain_tensors, untie
 from inq_lightning.grid import Grid, from_spec
 from inq_lightning.grid.base import largest_multiple, table_order
@@ -127,12 +127,13 @@ def save_accelerator(
     """
     path = Path(path)
     target, grids = fitting_grids(model, format, layers, allow_partial)
-    own, tied = untie(plain_tensors(model.state_dict()), grids)
+    state = plain_tensors(model.state_dict())
+    in_state = grids_in_state(model, state, grids)
+    own, tied = untie(state, in_state)
     tensors: dict[str, Tensor] = {}
     weights: dict[str, dict[str, Any]] = {}
     for name, value in own.items():
-        if name in grids:
-            grid = grids[name]
+        if (grid := in_state.get(name)) is not None:
             weights[name] = {"grid": grid.spec(), "shape": list(value.shape), "dtype": dtype_name(value.dtype)}
             _add(tensors, _to_tensors(name, value, grid, target))
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,10 +21,13 @@ from inq_lightning.formats.contents import Contents
 from inq_lightning.formats.tensors import read_head
 from inq_lightning.grid import from_spec
 
+_ZIP = b"PK\x03\x04"
+_EXTRA = "_extra_state"  # what torch calls it
+
 
 def recognizes(head: bytes) -> bool:
     """Whether a file that begins like this may be a checkpoint or a state_dict, of torch or of safetensors."""
-    zipped, pickled = head[:4] == b"PK\x03\x04", head[:1] == b"\x80"  # the latter by older versions of torch
+    zipped, pickled = head.startswith(_ZIP), head[:1] == b"\x80"  # the latter by older versions of torch
     return zipped or pickled or (_is_safetensors(head) and not any(x.recognizes(head) for x in (accelerator, packed)))
 
 
@@ -31,8 +35,36 @@ def _is_safetensors(head: bytes) -> bool:
     return head[8:9] == b"{"  # the bytes before are its header's length, and may be anything
 
 
+class Withheld:
+    """Stands for an object of a checkpoint that only code could restore, which is not run."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def withholding(path: str | os.PathLike[str] | None) -> AbstractContextManager[None]:
+    """While torch loads this file safely, let it take a :class:`Withheld` for each object that it would refuse.
+
+    Such are the hyperparameters of modules that are built with an optimizer to be completed, ``functools.partial``.
+    """
+    if path is None or not read_head(path).startswith(_ZIP):
+        return nullcontext()
+    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    return torch.serialization.safe_globals([(Withheld, name) for name in unsafe])
+
+
+def holds_withheld(value: Any) -> bool:
+    """Whether something in a checkpoint is, or holds, what was withheld."""
+    if isinstance(value, Mapping):
+        return any(map(holds_withheld, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(holds_withheld, value))
+    return isinstance(value, Withheld) or value is Withheld
+
+
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Load what `torch.save` or safetensors has written, as it is; no code in it is run.
+    """Load what `torch.save` or safetensors has written; no code in it is run, see :class:`Withheld`.
 
     Raises:
         ValueError: The file is damaged, holds what only code could restore, or is neither.
@@ -44,7 +76,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         if _is_safetensors(head):
             return load_file(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with withholding(path):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except pickle.UnpicklingError as error:
@@ -54,6 +87,11 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     except Exception as error:  # of zip archives, of pickles, of safetensors
         raise ValueError(f"{path} cannot be read as a checkpoint: it is damaged: {error}") from error
+    if holds_withheld(checkpoint.get("state_dict") if isinstance(checkpoint, dict) else checkpoint):
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: its state_dict holds objects that only code could restore, which "
+            "is not run here; save the tensors of the state_dict alone"
+        )
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint or a state_dict")
     return checkpoint
@@ -73,11 +111,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Contents:
     kind = "checkpoint" if "state_dict" in checkpoint else "state_dict"
     tensors = dict(checkpoint["state_dict"] if kind == "checkpoint" else checkpoint)
     weights = {plain_name(name): value for name, value in tensors.items() if isinstance(value, Tensor)}
+    extra = {plain_name(n): v for n, v in tensors.items() if n.split(".")[-1] == _EXTRA and not isinstance(v, Tensor)}
     if not weights:
         raise ValueError(f"{path} holds no weights: it is neither a Lightning checkpoint nor a state_dict")
     state = checkpoint.get("callbacks", {}).get("INQCallback") if kind == "checkpoint" else None
     if not state:
-        return Contents(kind, weights)
+        return Contents(kind, weights, extra_state=extra)
     try:
         state = saved_state.check(state)
         masks = {name: _mask(name, layer, weights) for name, layer in state["layers"].items()}
@@ -94,6 +133,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Contents:
         schedule=Schedule(**state["schedule"]),
         phase=state["phase"],
         metadata=said,
+        extra_state=extra,
     )
 
 
@@ -114,7 +154,10 @@ def _layer(name: str, state: Mapping[str, Any]) -> Layer:
 def _mask(name: str, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Tensor:
     """Which of a layer's weights the callback has frozen."""
     if name not in weights:
-        raise ValueError(f"the INQ state names {name}, which the file's state_dict lacks")
+        raise ValueError(
+            f"the INQ state names {name}, which the file's state_dict lacks; where the module renames its weights in "
+            "state_dict(), load the checkpoint into it and save it with save_packed or export_onnx in Python"
+        )
     shape = weights[name].shape
     mask = unpack_mask(state["mask"], shape)
     if list(shape) != state["shape"] or int(mask.count_nonzero()) != state["frozen"]:

@@ -27,6 +27,7 @@ class Contents:
         schedule: What the network was quantized under; None where the file does not tell.
         phase: How many portions had begun; None likewise.
         metadata: What else the file says about itself.
+        extra_state: What the network's state_dict holds besides tensors, by name.
     """
 
     kind: str
@@ -38,3 +39,4 @@ class Contents:
     schedule: Schedule | None = None
     phase: int | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    extra_state: Mapping[str, Any] = field(default_factory=dict)

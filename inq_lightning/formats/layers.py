@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from inq_lightning.core.layer import Layer, named_weights, plain_name
 from inq_lightning.core.matrices import find_matrices
-from inq_lightning.formats.tensors import FLOATS, place
+from inq_lightning.formats.tensors import place
 from inq_lightning.grid import Grid, PowerOfTwoGrid, fit_grid
+from inq_lightning.grid.base import FLOATS
 from inq_lightning.grid.recognize import holds
 
 
@@ -69,9 +70,38 @@ def candidate_grids(
     if isinstance(source, nn.Module):
         required, optional = _selected(source)
     else:
-        required, optional = {name for name, tensor in tensors.items() if _looks_like_weights(name, tensor)}, set()
+        required, optional = {name for name in tensors if _looks_like_weights(name, tensors)}, set()
     fitted = {name: fit_grid(tensors[name]) for name in tensors if name in required | optional}
     return {name: grid for name, grid in fitted.items() if name in required or grid is not None}
+
+
+def grids_in_state(
+    model: nn.Module, state: Mapping[str, Tensor], grids: Mapping[str, Grid | None]
+) -> dict[str, Grid | None]:
+    """Grids of a network's parameters under the names that its state_dict gives to them, which may be other ones.
+
+    Args:
+        model: The network.
+        state: Its state_dict under plain names.
+        grids: What :func:`candidate_grids` returns of it.
+
+    Raises:
+        ValueError: The state_dict holds neither a parameter that is on a grid nor a copy of it under its own name.
+    """
+    parameters = dict(named_weights(model))
+    names = {place("", tensor): name for name, tensor in reversed([*state.items()]) if tensor.numel()}
+    found = {}
+    for name, grid in grids.items():
+        same = names.get(place("", parameters[name]), name)
+        kept = name if name in state and place("", state[name]) == place("", parameters[name]) else same
+        if grid is not None and (kept not in state or not holds(grid, state[kept])):
+            raise ValueError(
+                f"the network's state_dict() does not hold {name}, which is on a grid: it renames a copy of it, or "
+                "puts something else in its place. Let it return the parameters themselves, under whatever names, or "
+                "pass torch.nn.Module.state_dict(network) instead of the network"
+            )
+        found[kept] = grid
+    return found
 
 
 def check_complete(grids: Mapping[str, Grid | None], allow_partial: bool = False) -> None:
@@ -116,6 +146,12 @@ def _selected(model: nn.Module) -> tuple[set[str], set[str]]:
     return required, {m.name for m in matrices} - required
 
 
-def _looks_like_weights(name: str, tensor: Tensor) -> bool:
-    name = name.rpartition(".")[2]
-    return tensor.dtype in FLOATS and tensor.dim() > 1 and (name.startswith("weight") or name.endswith("weight"))
+def _looks_like_weights(path: str, tensors: Mapping[str, Tensor]) -> bool:
+    layer, dot, name = path.rpartition(".")
+    tensor = tensors[path]
+    if tensor.dtype not in FLOATS or tensor.dim() < 2 or not (name.startswith("weight") or name.endswith("weight")):
+        return False
+    # What weight_norm and spectral_norm compute a weight from, by the names beside it.
+    stem, _, suffix = name.rpartition("_")
+    beside = {"g": "v", "v": "g", "orig": "u"}.get(suffix)
+    return beside is None or f"{layer}{dot}{stem}_{beside}" not in tensors

@@ -67,44 +67,49 @@ _SESSION_ENTRIES: dict[str, dict[str, str]] = {
 def export_onnx(
     model: nn.Module,
     path: str | Path,
-    inputs: Tensor | tuple[Tensor, ...],
+    inputs: Tensor | tuple[Any, ...] | Mapping[str, Any],
     *,
     layers: Iterable[Layer] | None = None,
     allow_partial: bool = False,
     activations: Activations = "float",
+    fixed_batch: bool = False,
 ) -> float:
     """Write a quantized network as one ONNX file, and check the file in ONNX Runtime.
 
     Quantized weights are stored as codes that nodes of the graph decode without loss (docs/reference/onnx.md has the
     types); the rest stays float32. A batch normalization behind a quantized layer becomes scales of the decoding. The
-    first dimension of the inputs is dynamic. The network is exported in eval mode and left as it was.
+    first dimension of the inputs is dynamic. The network is exported in eval mode and left as it was. Outputs are the
+    tensors that it returns, in tuples, lists, dicts or dataclasses; a warning names what else it returns.
 
     Args:
         model: Trained network with float32 parameters.
         path: File to write; replaced if it exists.
-        inputs: Example input of ``model.forward``, or a tuple of its positional inputs, on the model's device; the
-            first dimension of each is the batch.
+        inputs: Example input of ``model.forward``, a tuple of its positional inputs, or a dict of those by name, on the
+            model's device; the first dimension of each tensor is the batch. Numbers, truth values, texts and None in
+            a tuple or dict become part of the graph.
         layers: `INQCallback.layers`; left out, the weights tell which grids they are on.
         allow_partial: Whether to keep parameters that are not on a grid in float32, rather than refuse the network.
         activations: ``"int8"`` makes linear layers of at most 5 bits MatMulNBits, an operator of ONNX Runtime alone,
             with inputs rounded to 8 bits: faster at batch 1, with outputs that are off by about a percent.
             ``"float"`` leaves inputs as they are.
+        fixed_batch: Whether the file takes batches of the example's size only, for networks that torch cannot trace
+            with a dynamic one; inputs may then have any shape.
 
     Returns:
         The largest absolute difference between the outputs of torch and of ONNX Runtime (mode ``"exact"``).
 
     Raises:
         ImportError: The extra ``export`` is not installed.
-        TypeError: ``inputs`` is neither a tensor nor a tuple of tensors.
+        TypeError: ``inputs`` is no tensor, nor a tuple or dict of tensors.
         ValueError: ``activations`` is unknown, parameters are not on their grids or not float32, the network does not
-            run on ``inputs`` or cannot be exported with a dynamic batch, or the file would be larger than 2 GB.
+            run on ``inputs``, returns no tensor or cannot be exported, or the file would be larger than 2 GB.
         OSError: The file cannot be written.
     """
     for module in ("onnx", "onnxscript", "onnx_ir", "onnxruntime"):
         import_extra(module, "export")
     one_of("activations", activations, Activations)
     path = Path(path)
-    examples = as_examples(inputs)
+    examples = as_examples(inputs, fixed_batch)
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype is not torch.float32:
@@ -112,7 +117,7 @@ def export_onnx(
     grids = find_grids(model, layers, allow_partial)
     with atomic(path) as partial:
         partial.touch()  # an export takes seconds: fail before it
-        graph = trace(model, examples, grids)
+        graph = trace(model, examples, grids, fixed_batch)
         for weight in graph.weights.values():
             if activations == "int8":
                 _multiply_codes(graph.model.graph, weight)
@@ -121,7 +126,7 @@ def export_onnx(
         _slim(graph.model)
         _describe(graph.model, {name: weight.grid for name, weight in graph.weights.items()})
         _write(graph.model, partial)
-        return _difference(partial, examples, graph.outputs)
+        return _difference(partial, examples.tensors, graph.outputs)
 
 
 def session_options(mode: SessionMode = "exact") -> Any:

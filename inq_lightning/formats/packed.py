@@ -3,12 +3,14 @@
 Tensors of the file, for each quantized parameter and for everything else in the network's state_dict::
 
     codes/<name>    uint8, as :mod:`inq_lightning.formats.codec` packs them
-    tensor/<name>   as it is, or in the narrower type that was asked for
+    tensor/<name>   as it is, or in the narrower type that was asked for; of a type that safetensors lacks, its bytes
 
 Its metadata is one JSON text under the key ``inq_lightning``: format version, per layer the grid's spec, shape, dtype
 and coding, aliases of tied weights, dtypes before narrowing, the weights that are on no grid, the schedule, library
-versions, and the SHA-256 of all of it. In version 1, which is still read, layers had ``bits`` in the place of the spec
-and a tensor ``n1/<name>``: int32, the exponent of the largest level; of shape (0,) for a layer of zeros, else (1,).
+versions, and the SHA-256 of all of it; where there are such, ``bytes`` with dtype and shape of what is stored as bytes,
+and ``values`` with what is no tensor, as :mod:`inq_lightning.formats.values` packs it. In version 1, which is still
+read, layers had ``bits`` in the place of the spec and a tensor ``n1/<name>``: int32, the exponent of the largest level;
+of shape (0,) for a layer of zeros, else (1,).
 """
 
 from __future__ import annotations
@@ -36,20 +38,25 @@ from inq_lightning.core.schedule import Schedule
 from inq_lightning.core.size import bytes_at
 from inq_lightning.formats.codec import layout_of, pack, pack_entropy, unpack, unpack_entropy
 from inq_lightning.formats.contents import Contents
-from inq_lightning.formats.layers import candidate_grids, check_complete, off_grid
+from inq_lightning.formats.layers import candidate_grids, check_complete, grids_in_state, off_grid
 from inq_lightning.formats.tensors import (
     DTYPES,
-    FLOATS,
     MAX_HEADER,
     NAMES,
+    RAW,
+    STORED,
+    as_bytes,
     common_prefix,
     dtype_name,
+    from_bytes,
     memory,
     place,
     plain_tensors,
     untie,
 )
+from inq_lightning.formats.values import pack_value, unpack_value
 from inq_lightning.grid import Grid, from_spec
+from inq_lightning.grid.base import FLOATS
 from inq_lightning.grid.recognize import encode
 
 VERSION = 2
@@ -100,7 +107,9 @@ def save_packed(
 ) -> Saved:
     """Save a quantized network as one file of b bits a weight.
 
-    Everything comes back bit for bit, but for the sign of a zero weight, and for what ``float_dtype`` rounds.
+    Everything comes back bit for bit, but for the sign of a zero weight, and for what ``float_dtype`` rounds: tensors
+    of real and complex numbers, integers and truth values of whole bytes, and extra state (``get_extra_state``) of
+    numbers, texts, bytes, None, small tensors, and lists, tuples and dicts of them.
 
     Args:
         source: The network, on any device, or its state_dict.
@@ -115,18 +124,23 @@ def save_packed(
         schedule: What the network was quantized under, for the record.
 
     Raises:
-        ValueError: The network is not fully quantized, has a state that is no plain tensor, or does not fit into
+        ValueError: The network is not fully quantized, has a state that cannot be stored, or does not fit into
             ``float_dtype``; the message names the parameter.
         ImportError: ``entropy_coded`` without constriction.
     """
-    state = plain_tensors(source.state_dict() if isinstance(source, nn.Module) else source)
     one_of("float_dtype", float_dtype, (None, torch.float16, torch.bfloat16))
-    grids = candidate_grids(source if isinstance(source, nn.Module) else state, layers)
+    module, everything = (source, source.state_dict()) if isinstance(source, nn.Module) else (None, source)
+    values = {plain_name(n): pack_value(n, v) for n, v in everything.items() if not isinstance(v, Tensor)}
+    state = plain_tensors({n: v for n, v in everything.items() if isinstance(v, Tensor)}, STORED)
+    grids = candidate_grids(module or state, layers)
     check_complete(grids, allow_partial)
+    off = off_grid(module or state, grids)
+    if module is not None:
+        grids = grids_in_state(module, state, grids)
     own, aliases = untie(state, grids)
     tensors: dict[str, Tensor] = {}
     coded: dict[str, dict[str, Any]] = {}
-    narrowed, error = {}, 0.0
+    narrowed, raw, error = {}, {}, 0.0
     for name, value in own.items():
         grid = grids.get(name)
         if grid is not None:
@@ -136,6 +150,8 @@ def save_packed(
         if float_dtype is not None and value.dtype in FLOATS and value.element_size() > float_dtype.itemsize:
             stored, narrowed[name] = value.to(float_dtype), dtype_name(value.dtype)
             error = max(error, _rounding(name, value, stored))
+        elif dtype_name(value.dtype) in RAW:
+            stored, raw[name] = as_bytes(value), [dtype_name(value.dtype), list(value.shape)]
         # A copy: safetensors refuses tensors that are views of one memory.
         tensors[f"tensor/{name}"] = stored.cpu().clone(memory_format=torch.contiguous_format)
     metadata: dict[str, Any] = {
@@ -143,7 +159,7 @@ def save_packed(
         "layers": coded,
         "aliases": aliases,
         "narrowed": narrowed,
-        "off_grid": off_grid(source if isinstance(source, nn.Module) else state, grids),
+        "off_grid": off,
         "schedule": None if schedule is None else asdict(schedule),
         "libraries": {
             "inq-lightning": __version__,
@@ -151,6 +167,7 @@ def save_packed(
             "safetensors": safetensors.__version__,
         },
     }
+    metadata |= ({"bytes": raw} if raw else {}) | ({"values": values} if values else {})
     metadata["sha256"] = _checksum(metadata, sorted(tensors.items(), key=itemgetter(0)))
     with atomic(Path(path)) as partial:
         size = partial.write_bytes(save(tensors, {_KEY: json.dumps(metadata)}))  # save_file would make it private
@@ -226,10 +243,10 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """
     with _opened(path) as file:
         targets = {plain_name(name): (name, t) for name, t in model.state_dict().items()}
-        prefix = common_prefix(file.declared, targets)
+        prefix = common_prefix(file.declared.keys() | file.values.keys(), targets)
         _check_fits(file, {prefix + name: target for name, (_, target) in targets.items()})
-        tensors = file.decode()
-    model.load_state_dict({key: tensors[prefix + name] for name, (key, _) in targets.items()})
+        state = file.decode() | file.values
+    model.load_state_dict({key: state[prefix + name] for name, (key, _) in targets.items()})
     return model
 
 
@@ -253,6 +270,7 @@ def read_packed(path: str | os.PathLike[str]) -> Contents:
             stored={name: file.header[f"codes/{name}"][1][0] for name in file.coded},
             schedule=Schedule(**schedule) if schedule else None,
             metadata=file.metadata,
+            extra_state=file.values,
         )
 
 
@@ -282,6 +300,7 @@ class _File:
         metadata: The metadata.
         coded: The quantized tensors.
         declared: Shape and dtype of every tensor of the network, aliases included.
+        values: What its state_dict holds besides tensors.
     """
 
     def __init__(self, header: _Header, metadata: dict[str, Any], size: int, handle: Any) -> None:
@@ -305,6 +324,9 @@ class _File:
             total <= max(_ALWAYS_ALLOWED, _MAX_EXPANSION * size), f"its {size} bytes ask for {total} bytes of memory"
         )
         self.declared |= {alias: self.declared[name] for alias, name in metadata["aliases"].items()}
+        self.values = {name: unpack_value(value) for name, value in metadata.get("values", {}).items()}
+        twice = self.values.keys() & self.declared.keys()
+        _require(not twice, f"{', '.join(sorted(twice))} is there twice")
 
     def decode(self) -> dict[str, Tensor]:
         """All tensors of the network; tied ones share their memory."""
@@ -314,6 +336,8 @@ class _File:
         for name, (shape, dtype) in self.declared.items():
             if name in self.coded:
                 tensors[name] = self._weights(name).view(shape)
+            elif name in self.metadata.get("bytes", {}):
+                tensors[name] = from_bytes(self._handle.get_tensor(f"tensor/{name}"), dtype_name(dtype), shape)
             elif name not in aliases:
                 tensors[name] = self._handle.get_tensor(f"tensor/{name}").to(dtype)
         return tensors | {alias: tensors[name] for alias, name in aliases.items()}
@@ -327,17 +351,31 @@ class _File:
 
     def _declare_others(self, keys: Iterable[str]) -> None:
         """Add the tensors that are stored as they are, or in a narrower type."""
-        narrowed = self.metadata["narrowed"]
+        narrowed, raw = self.metadata["narrowed"], self.metadata.get("bytes", {})
         for key in keys:
             name, (dtype, shape) = key.removeprefix("tensor/"), self.header[key]
             _require(name != key, f"it has a tensor {key} too many")
             _require(name not in self.declared, f"{name} is there twice")
             _require(name not in narrowed or dtype in ("F16", "BF16"), f"{name} is narrowed to {dtype}")
             self.declared[name] = (shape, NAMES[narrowed[name]] if name in narrowed else DTYPES[dtype])
-        _require(narrowed.keys() <= self.declared.keys(), "it narrows tensors that it lacks")
+            if name in raw:
+                self.declared[name] = self._from_bytes(name, dtype, shape, raw[name])
+        _require({*narrowed, *raw} <= self.declared.keys(), "it narrows, or has as bytes, tensors that it lacks")
         for alias, name in self.metadata["aliases"].items():
             _require(alias not in self.declared, f"{alias} is there twice")
             _require(name in self.declared, f"{alias} is tied to {name}, which is missing")
+
+    def _from_bytes(
+        self, name: str, dtype: str, shape: tuple[int, ...], record: Any
+    ) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of a tensor that is stored as its bytes."""
+        _require(isinstance(record, list) and len(record) == 2, f"{name} is no record of a tensor")
+        kind, own = RAW.get(record[0]), _checked_shape(name, record[1])
+        if kind is None:
+            raise ArtifactError(f"{name} is {record[0]!r:.40}, which this release of torch lacks")
+        expected = math.prod(own) * kind.itemsize
+        _require(dtype == "U8" and shape == (expected,), f"bytes of {name} are {dtype} of shape {list(shape)}")
+        return own, kind
 
     def _weights(self, name: str) -> Tensor:
         layer, packed = self.coded[name], self._handle.get_tensor(f"codes/{name}")
@@ -411,6 +449,8 @@ def _check_metadata(metadata: Mapping[str, Any]) -> None:
     kinds = {"layers": dict, "aliases": dict, "narrowed": dict, "off_grid": list, "sha256": str}
     for key, kind in kinds.items():
         _require(isinstance(metadata.get(key), kind), f"its {key} is missing or no {kind.__name__}")
+    for key in ("bytes", "values"):
+        _require(isinstance(metadata.get(key, {}), dict), f"its {key} are no dict")
     names = [*metadata["aliases"].values(), *metadata["off_grid"]]
     _require(all(isinstance(name, str) for name in names), "its aliases or off_grid are no names")
     _require(all(isinstance(layer, dict) for layer in metadata["layers"].values()), "its layers are no records")
@@ -430,8 +470,9 @@ def _require(condition: bool, otherwise: str) -> None:
 
 def _check_fits(file: _File, targets: Mapping[str, Tensor]) -> None:
     """Refuse a network that differs from the file in names, shapes, dtypes or tied weights."""
-    lines = [f"{name} is in the file, not in the network" for name in file.declared if name not in targets]
-    lines += [f"{name} is in the network, not in the file" for name in targets if name not in file.declared]
+    held = file.declared | file.values
+    lines = [f"{name} is in the file, not in the network" for name in held if name not in targets]
+    lines += [f"{name} is in the network, not in the file" for name in targets if name not in held]
     own_names: dict[Any, str] = {}
     for name, target in targets.items():
         if name not in file.declared or not isinstance(target, Tensor):

@@ -85,7 +85,7 @@ FORMATS = {
             recognizes=onnx.recognizes,
             read=onnx.read_onnx,
             write=_write_onnx,
-            options=("inputs", "activations"),
+            options=("inputs", "activations", "fixed_batch"),
         ),
         *(
             Format(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,6 @@ DTYPES = {
 }
 #: Bytes of a safetensors file's header that are read at most.
 MAX_HEADER = 1 << 24
-#: Types that weights may have.
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -44,24 +42,49 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 #: All of these by their names.
 NAMES = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
+_OTHERS = ("complex128", "complex32", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+#: Types that not every safetensors holds, but each byte of which a file can; torch may be too old for some.
+RAW = {name: getattr(torch, name) for name in _OTHERS if hasattr(torch, name)}
+#: All types that the artifact holds.
+STORED = NAMES | RAW
 
 
-def plain_tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+def plain_tensors(state_dict: Mapping[str, Any], types: Mapping[str, torch.dtype] = NAMES) -> dict[str, Tensor]:
     """A state_dict under plain names, see :func:`~inq_lightning.core.layer.plain_name`.
 
+    Args:
+        state_dict: The state_dict.
+        types: The types that the file holds, by name.
+
     Raises:
-        ValueError: A value is no tensor of a plain kind, or of a type that safetensors does not hold.
+        ValueError: A value is no tensor of a plain kind, or of another type.
     """
     tensors = {plain_name(name): value for name, value in state_dict.items()}
     for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{name} is a {type(value).__name__}, no tensor; only save_packed writes such extra state, leave it "
+                "out of the state_dict for other formats"
+            )
         if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided or value.is_meta:
             raise ValueError(
-                f"{name} is a {type(value).__name__}, not a plain tensor with data; gather sharded weights, and remove "
-                "it from the state_dict if it is no tensor"
+                f"{name} is a {type(value).__name__} ({value.layout}, on {value.device}), not a plain tensor with "
+                "data: gather sharded weights, make sparse ones dense, give those on the meta device memory"
             )
-        if value.dtype not in NAMES.values():
-            raise ValueError(f"{name} is {value.dtype}; a safetensors file holds {', '.join(NAMES)}")
-    return {name: value.detach() for name, value in tensors.items()}
+        if value.dtype not in types.values():
+            advice = "call its dequantize()" if value.is_quantized else "convert it, or keep its bytes as uint8"
+            raise ValueError(f"{name} is {value.dtype}; the file holds {', '.join(types)}: {advice}")
+    return {name: value.detach().resolve_conj().resolve_neg() for name, value in tensors.items()}
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The memory of a tensor, element by element: uint8, one dimension."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def from_bytes(data: Tensor, dtype: str, shape: Sequence[int]) -> Tensor:
+    """The tensor that :func:`as_bytes` made bytes of, in memory of its own."""
+    return data.clone().view(STORED[dtype]).view(*shape)
 
 
 def untie(tensors: Mapping[str, Tensor], preferred: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -21,6 +21,8 @@ class Reduction(NamedTuple):
     max: Callable[[Tensor], Tensor] = lambda partial: partial
 
 
+#: Types that weights on a grid may have.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: For a tensor that is in one piece.
 WHOLE = Reduction()
 

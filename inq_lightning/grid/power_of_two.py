@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from inq_lightning._common import one_of
-from inq_lightning.grid.base import WHOLE, Reduction
+from inq_lightning.grid.base import FLOATS, WHOLE, Reduction
 from inq_lightning.grid.levels import Levels, LevelsLike, levels_of, name_of
 
 Underflow = Literal["nearest", "truncate"]
@@ -338,7 +338,7 @@ def check_floating(w: Tensor) -> None:
     Raises:
         TypeError: ``w`` has another dtype.
     """
-    if w.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    if w.dtype not in FLOATS:
         raise TypeError(f"weights must be float16, bfloat16, float32 or float64, got {w.dtype}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inq_lightning.grid.base import Grid
+from inq_lightning.grid.base import FLOATS, Grid
 from inq_lightning.grid.power_of_two import MAX_BITS, MIN_BITS, PowerOfTwoGrid, exponent_range
 
 _PART = 1 << 16  # weights at a time: intermediate results stay in the cache
@@ -18,9 +18,11 @@ def fit_grid(weight: Tensor) -> PowerOfTwoGrid | None:
         weight: Floating-point weights of any shape.
 
     Returns:
-        The grid, or None where a weight is neither zero nor a power of two, or where they span too many exponents, for
-        8 bits or for a grid that their dtype holds.
+        The grid, or None where a weight is neither zero nor a power of two, where they span too many exponents, for 8
+        bits or for a grid that their dtype holds, or where that has no grids, as float8.
     """
+    if weight.dtype not in FLOATS:
+        return None
     mantissa, exponent = torch.frexp(weight.detach())
     nonzero = weight != 0
     if not bool(nonzero.any()):
@@ -37,6 +39,8 @@ def fit_grid(weight: Tensor) -> PowerOfTwoGrid | None:
 
 def holds(grid: Grid, weight: Tensor) -> bool:
     """Whether every weight is a level of the grid."""
+    if weight.dtype not in FLOATS:
+        return False
     return all(bool(torch.isfinite(part).all()) and torch.equal(grid.round(part), part) for part in _parts(weight))
 
 

@@ -5,7 +5,6 @@ Triton comes with PyTorch's builds for CUDA. It is imported with this module, so
 
 from __future__ import annotations
 
-
 import torch
 import triton
 import triton.language as tl

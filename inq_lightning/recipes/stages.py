@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import LearningRateMonitor, ProgressBar
 
+from inq_lightning.formats.checkpoint import withholding
 from inq_lightning.frontends.lightning.callback import INQCallback
 from inq_lightning.frontends.lightning.jsonlines import JSONLines
 from inq_lightning.frontends.lightning.monitor import INQMonitor
@@ -53,7 +54,8 @@ def pretrain(
     cfg = _for_pretraining(cfg)
     module: LightningModule = instantiate(cfg.model, _convert_="all")
     inq.select(module)  # refuses bad patterns before hours of training rather than after
-    build_trainer(cfg, [carried]).fit(module, data, ckpt_path=start.checkpoint)
+    with withholding(start.checkpoint):
+        build_trainer(cfg, [carried]).fit(module, data, ckpt_path=start.checkpoint)
     return Start("quantize", weights=module.state_dict())
 
 
@@ -70,7 +72,8 @@ def quantize(
     if start.weights is not None:
         load_weights(module, start.weights, cfg)
         carried.metrics = test(trainer, module, data)
-    trainer.fit(module, data, ckpt_path=start.checkpoint)
+    with withholding(start.checkpoint):
+        trainer.fit(module, data, ckpt_path=start.checkpoint)
     return trainer, module
 
 

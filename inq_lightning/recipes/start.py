@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from pytorch_lightning import LightningModule
 
 from inq_lightning.core.schedule import Schedule
-from inq_lightning.formats.checkpoint import load_checkpoint
+from inq_lightning.formats.checkpoint import holds_withheld, load_checkpoint
 
 EPOCHS_PER_PHASE = 4  # where neither the schedule nor trainer.max_epochs says
 
@@ -44,6 +44,13 @@ class Start(NamedTuple):
         if "callbacks" not in checkpoint:
             raise ValueError(
                 f"ckpt={cfg.ckpt} holds weights only, nothing to resume; leave out resume=true to quantize them"
+            )
+        settings = ("hyper_parameters", "hparams_name", "hparams_type")  # the configured model has these itself
+        lost = [k for k, v in checkpoint.items() if k.removeprefix("datamodule_") not in settings and holds_withheld(v)]
+        if lost:
+            raise ValueError(
+                f"ckpt={cfg.ckpt} holds in {', '.join(lost)} objects that only code could restore, so the run cannot "
+                "go on from it; leave out resume=true to quantize its weights"
             )
         quantizing = "INQCallback" in checkpoint["callbacks"]
         return cls("quantize" if quantizing else "pretrain", checkpoint=cfg.ckpt)

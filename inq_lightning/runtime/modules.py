@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from inq_lightning._common import one_of
-from inq_lightning.core.layer import Layer, plain_name
+from inq_lightning.core.layer import Layer, computed_tensors, plain_name
 from inq_lightning.formats.layers import find_grids
 from inq_lightning.grid import Grid, PowerOfTwoGrid
 from inq_lightning.grid.base import largest_multiple, table_order
@@ -92,7 +92,7 @@ def to_packed(
                 swapped.pop(id(parameter), None)  # stays in memory anyway
     # Copied without the weights that are about to go: each is its own copy.
     weights = {id(p): p for p in model.parameters() if id(p) in swapped}
-    packed = copy.deepcopy(model, dict(weights))
+    packed = copy.deepcopy(model, weights | computed_tensors(model))
     codes = {key: _encode(swapped[key], weight.detach()) for key, weight in weights.items()}
     first: dict[int, Packed] = {}
     for module in packed.modules():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from inq_lightning._common import LazyExtra
-from inq_lightning.core.layer import Layer, plain_name
+from inq_lightning.core.layer import Layer, computed_tensors, plain_name
 from inq_lightning.formats.accelerator import (
     BLOCK,
     E8M0_BIAS,
@@ -85,7 +85,9 @@ def to_torchao(
             f"nothing to convert: torchao multiplies {format} weights of {' and '.join(k.__name__ for k in kinds)} "
             "layers only, and none of them is quantized; save_accelerator writes those of every layer"
         )
-    return copy.deepcopy(model, replaced)  # as if these parameters were copied already, so that ties hold
+    return copy.deepcopy(
+        model, replaced | computed_tensors(model)
+    )  # as if these parameters were copied already, so that ties hold
 
 
 def _to_subclass(name: str, weight: Tensor, grid: Grid, target: NumberFormat) -> Any:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from processes import run_program
@@ -21,6 +22,8 @@ def build():
     return nn.Sequential(nn.Linear(8, 14), nn.BatchNorm1d(14), nn.ReLU(), nn.Linear(14, 4))
 def wrong():
     return 5
+def tokens():
+    return nn.Sequential(nn.Embedding(2, 8), nn.Flatten(), nn.Unflatten(0, (2, 1)), nn.Flatten(0, 1), nn.Linear(24, 4))
 """
 
 
@@ -78,9 +81,32 @@ def test_other_formats_take_the_network_from_a_factory(
     assert Path("net.onnx").stat().st_size > 0
 
 
+def test_token_ids_and_a_fixed_batch_can_be_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("my_tokens.py").write_text(NETWORK)
+    state = {"0.weight": torch.ones(2, 8), "4.weight": torch.ones(4, 24) / 4, "4.bias": torch.zeros(4)}
+    torch.save(state, "net.pt")
+    command = ["net.pt", "net.onnx", "--format", "onnx", "--model", "my_tokens:tokens", "--input-shape", "2,3"]
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "does not run on inputs float32(2, 3)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--input-dtype", "int64"])
+    assert "with a dynamic batch: " in (error := capsys.readouterr().err)
+    assert "--fixed-batch" in error
+    main([*command, "--input-dtype", "int64", "--fixed-batch"])
+    (tokens,) = onnxruntime.InferenceSession("net.onnx").get_inputs()
+    assert (tokens.type, tokens.shape) == ("tensor(int64)", [2, 3])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--format", "fp8", "--input-dtype", "int64"], "--input-dtype has no meaning for --format fp8"),
+        (["--fixed-batch"], "--fixed-batch has no meaning for --format packed"),
         (["--activations", "int8"], "--activations has no meaning for --format packed"),
         (["--format", "fp8", "--input-shape", "1,8"], "--input-shape has no meaning for --format fp8"),
         (["--format", "onnx", "--entropy-coded"], "--entropy-coded has no meaning for --format onnx"),

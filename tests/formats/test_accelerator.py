@@ -227,7 +227,7 @@ def test_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
 
         def set_extra_state(self, state: str) -> None: ...
 
-    with pytest.raises(ValueError, match="_extra_state is a str, not a plain tensor"):
+    with pytest.raises(ValueError, match="_extra_state is a str, no tensor; only save_packed"):
         save_accelerator(quantize(Odd(32, 32), 4), tmp_path / "out", "fp8")
 
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import shutil
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from support import TinyModule, trainer
 from torch import nn
 
 from inq_lightning import INQCallback, PowerOfTwoGrid, read_checkpoint, save_accelerator, save_packed
-from inq_lightning.formats.checkpoint import load_checkpoint
+from inq_lightning.formats.checkpoint import holds_withheld, load_checkpoint
 
 
 def quantized() -> nn.Module:
@@ -75,3 +78,29 @@ def test_files_for_inference_are_no_checkpoints(tmp_path: Path) -> None:
     for name in ("packed", "fp8"):
         with pytest.raises(ValueError, match=rf"{name}\.safetensors cannot be read as a checkpoint or a state_dict"):
             read_checkpoint(tmp_path / f"{name}.safetensors")
+
+
+class Runs:
+    """What runs code where a pickle of it is loaded without care."""
+
+    def __reduce__(self) -> Any:
+        return shutil.copyfile, ("last.ckpt", "it-ran")
+
+
+def test_objects_of_a_checkpoint_are_withheld_and_their_code_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hparams = {"optimizer": partial(torch.optim.SGD, lr=0.1), "activation": nn.ReLU, "runs": Runs(), "width": 8}
+    torch.save({"state_dict": quantized().state_dict(), "hyper_parameters": hparams}, "last.ckpt")
+    checkpoint = load_checkpoint("last.ckpt")
+    assert {name: holds_withheld(value) for name, value in checkpoint["hyper_parameters"].items()} == {
+        "optimizer": True,
+        "activation": True,
+        "runs": True,
+        "width": False,
+    }
+    assert read_checkpoint("last.ckpt").state_dict.keys() == {"weight", "bias"}
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    with pytest.raises(Exception, match="weights_only"):  # only while such a file is loaded
+        torch.load("last.ckpt", weights_only=True)

@@ -186,3 +186,22 @@ def test_a_tied_weight_is_on_its_grid_under_each_of_its_names() -> None:
     assert off_grid(net, find_grids(net)) == []
     state = net.state_dict()
     assert off_grid(state, {"1.weight": find_grids(net)["0.weight"]}) == []
+
+
+def test_weights_of_a_type_without_grids_are_no_candidates_or_refused_by_name() -> None:
+    net = nn.Sequential(nn.Linear(2, 2))
+    net[0].weight.data = on_grid(2, 2)
+    net.register_parameter("scales", nn.Parameter(torch.ones(2, 2).to(torch.float8_e4m3fn), requires_grad=False))
+    assert list(find_grids(net)) == ["0.weight"]
+    net[0].weight = nn.Parameter(net[0].weight.detach().to(torch.float8_e5m2), requires_grad=False)
+    with pytest.raises(ValueError, match=r"not fully quantized: 0\.weight is not on a grid"):
+        find_grids(net)
+
+
+def test_an_accelerator_file_of_a_module_that_renames_its_keys_has_its_weights_in_the_format(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(32, 2))
+    net[0].weight.data = on_grid(2, 32, bits=4)
+    net.register_state_dict_post_hook(lambda module, state, prefix, _: state.update(new=state.pop("0.weight")))
+    save_accelerator(net, tmp_path / "network.safetensors", "fp8")
+    assert torch.equal(read_accelerator(tmp_path / "network.safetensors")["new"], net[0].weight)
+    assert (tmp_path / "network.safetensors").read_bytes().find(b'"dtype":"F8_E4M3"') > 0

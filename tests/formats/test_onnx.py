@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
+from collections import OrderedDict, UserDict
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +18,7 @@ import torch
 from onnx import numpy_helper
 from support import TinyModule, record, same_bits, trainer
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from inq_lightning import INQCallback, PowerOfTwoGrid
 from inq_lightning.core.selection import select_parameters
@@ -400,6 +405,145 @@ def test_several_inputs_and_outputs_share_the_dynamic_batch(tmp_path: Path) -> N
     assert [output.shape for output in outputs] == [(9, 3), (9, 3), (9,)]
 
 
+class Forward(nn.Module):
+    """A linear layer within a forward of any kind."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.bias = nn.Parameter(torch.randn(5, 5))
+        quantize(self, 4)
+        self.call = forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(self, *args, **kwargs)
+
+
+class Named(Forward):
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, scale: float | Tensor = 1.0) -> Tensor:  # type: ignore[override]
+        out: Tensor = self.linear(x) * scale
+        return out if mask is None else out * mask
+
+
+def infer(path: Path, *args: Tensor, **kwargs: Tensor) -> list[Any]:
+    session = ort.InferenceSession(str(path), session_options())
+    inputs = kwargs or {f"args_{i}": x for i, x in enumerate(args)}
+    return session.run(None, {name: x.numpy() for name, x in inputs.items()})  # type: ignore[no-any-return]
+
+
+def test_a_forward_of_any_number_of_inputs_has_a_dynamic_batch(tmp_path: Path) -> None:
+    net = Forward(lambda self, *xs: sum(self.linear(x) for x in xs))
+    x = torch.randn(3, 4)
+    for count in (1, 3):
+        assert export_onnx(net, tmp_path / "net.onnx", (torch.randn(1, 4),) * count) < 1e-6
+        (out,) = infer(tmp_path / "net.onnx", *[x] * count)
+        np.testing.assert_allclose(out, count * net.linear(x).detach().numpy(), atol=1e-5)
+
+
+def test_inputs_by_name_have_a_dynamic_batch_each_and_other_values_are_fixed(tmp_path: Path) -> None:
+    net, x, mask = Named(lambda: None), torch.randn(3, 4), torch.rand(3, 1)
+    inputs = {"scale": mask[:1], "x": x[:1], "mask": mask[:1]}
+    assert export_onnx(net, tmp_path / "net.onnx", inputs) < 1e-6
+    (out,) = infer(tmp_path / "net.onnx", x=x, mask=mask, scale=mask)
+    np.testing.assert_allclose(out, net(x, mask, scale=mask).detach().numpy(), atol=1e-6)
+    assert export_onnx(net, tmp_path / "net.onnx", UserDict({"x": x, "scale": 2.0, "mask": None})) < 1e-6
+    (out,) = infer(tmp_path / "net.onnx", x=x[:2])
+    np.testing.assert_allclose(out, 2 * net.linear(x[:2]).detach().numpy(), atol=1e-6)
+
+
+def test_attention_with_a_learned_bias_is_exported(tmp_path: Path) -> None:
+    def attend(self: Forward, x: Tensor) -> Tensor:
+        assert not torch.is_grad_enabled()
+        y = self.linear(x).view(-1, 5, 2, 2).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(y, y, y, attn_mask=self.bias.expand(1, 2, 5, 5))
+
+    net = Forward(attend)
+    assert export_onnx(net, tmp_path / "net.onnx", torch.randn(2, 5, 4)) < 1e-5
+    assert net.bias.requires_grad
+    assert infer(tmp_path / "net.onnx", torch.randn(7, 5, 4))[0].shape == (7, 2, 5, 2)
+
+
+class Cache:
+    def __init__(self, keys: Tensor) -> None:
+        self.keys = keys
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    cache: Cache
+    hidden: tuple[Tensor, ...]
+
+
+class Mapped(OrderedDict[str, Any]):
+    """As the outputs of transformers are."""
+
+
+@pytest.mark.parametrize(
+    ("outputs", "tensors", "told"),
+    [
+        (lambda y: (y, None), 1, ""),
+        (lambda y: (y, 3, 2.5, "text"), 1, r"\[1\] \(int\), \[2\] \(float\), \[3\] \(str\)"),
+        (lambda y: (y, y.shape[0]), 1, r"\[1\] \(int\)"),
+        (lambda y: {"logits": y, "size": y.shape}, 1, r"\['size'\]"),
+        (lambda y: Output(y, Cache(y), (y + 1, y * 2)), 3, r"\['cache'\] \(Cache\)"),
+        (lambda y: Mapped(logits=y, past=[Cache(y), {"a": y + 1}]), 2, r"\['past'\]\[0\] \(Cache\)"),
+    ],
+)
+def test_outputs_that_are_no_tensors_are_left_out_and_named(
+    outputs: Any, tensors: int, told: str, tmp_path: Path
+) -> None:
+    net, x = Forward(lambda self, x: outputs(self.linear(x))), torch.randn(2, 4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert export_onnx(net, tmp_path / "net.onnx", x) < 1e-6
+    assert len(caught) == bool(told)
+    assert not told or re.search(f"leaves out what the network returns besides tensors: {told}", str(caught[0].message))
+    found = infer(tmp_path / "net.onnx", x)
+    assert len(found) == tensors
+    np.testing.assert_allclose(found[0], net.linear(x).detach().numpy(), atol=1e-6)
+
+
+def test_a_fixed_batch_takes_what_no_dynamic_one_can(tmp_path: Path) -> None:
+    fixed = FixedBatch()
+    quantize(fixed, 5)
+    x = torch.randn(3, 8)
+    assert export_onnx(fixed, tmp_path / "net.onnx", x, fixed_batch=True) < 1e-6
+    (described,) = ort.InferenceSession(str(tmp_path / "net.onnx"), session_options()).get_inputs()
+    assert described.shape == [3, 8]
+    images = Forward(lambda self, x, images: self.linear(x) + images.mean())
+    export_onnx(images, tmp_path / "net.onnx", (torch.randn(1, 4), torch.randn(3, 2, 2)), fixed_batch=True)
+    inputs = ort.InferenceSession(str(tmp_path / "net.onnx"), session_options()).get_inputs()
+    assert [x.shape for x in inputs] == [[1, 4], [3, 2, 2]]
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda self, x: 3, r"returns no tensor, but the output \(int\)"),
+        (lambda self, x: torch.matrix_exp(x.view(-1, 2, 2)), "cannot write the network as ONNX: .*matrix_exp"),
+        (lambda self, x: x if self.linear(x).sum() > 0 else -x, "cannot trace the network: .*branches on the values"),
+        (lambda self, x: self.missing(x), "does not run on inputs .*has no attribute 'missing'"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_with_the_true_cause(forward: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        export_onnx(Forward(forward), tmp_path / "net.onnx", torch.randn(2, 4))
+    assert ("fixed_batch" in str(error.value)) == ("dynamic" in message)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, nn.utils.weight_norm])
+def test_a_weight_norm_that_was_left_out_is_exported(norm: Any, tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    layers = quantize(net, 4)
+    net.append(norm(nn.Linear(4, 2)))
+    net(torch.randn(2, 4)).sum().backward()
+    for options in ({}, {"layers": layers}):
+        assert export_onnx(net, tmp_path / "net.onnx", torch.randn(2, 4), **options) < 1e-6
+        assert set(records(tmp_path / "net.onnx")) == {"0.weight"}
+
+
 class FixedBatch(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -417,9 +561,9 @@ def test_bad_input_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not fully quantized"):
         export_onnx(net, target, x)
     quantize(net, 5)
-    with pytest.raises(ValueError, match=r"does not run on inputs of shape \(2, 9\)"):
+    with pytest.raises(ValueError, match=r"does not run on inputs float32\(2, 9\)"):
         export_onnx(net, target, torch.randn(2, 9))
-    with pytest.raises(TypeError, match="tensor or a tuple of tensors, got list"):
+    with pytest.raises(TypeError, match="a tuple of tensors or a dict of them, got list"):
         export_onnx(net, target, [x])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="batch as their first dimension"):
         export_onnx(net, target, (x, torch.randn(3, 8)))
@@ -429,7 +573,11 @@ def test_bad_input_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
         export_onnx(net, tmp_path / "missing" / "net.onnx", x)
     fixed = FixedBatch()
     quantize(fixed, 5)
-    with pytest.raises(ValueError, match="cannot export the network with a dynamic batch"):
+    with pytest.raises(TypeError, match="these hold list"):
+        export_onnx(net, target, {"x": [x]})
+    with pytest.raises(TypeError, match="these hold no tensor"):
+        export_onnx(net, target, {"x": None})
+    with pytest.raises(ValueError, match=r"cannot trace the network with a dynamic batch: .*fixed_batch=True"):
         export_onnx(fixed, target, torch.randn(3, 8))
     with pytest.raises(ValueError, match="mode must be one of exact, low-memory, fast, got 'slow'"):
         session_options("slow")  # type: ignore[arg-type]

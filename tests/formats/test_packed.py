@@ -14,6 +14,7 @@ import torch
 from pytorch_lightning import LightningModule
 from support import ROOT, bits_of, trainer
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.overhead import RESNET18
@@ -21,7 +22,7 @@ from inq_lightning import INQCallback, PowerOfTwoGrid, Schedule, load_packed, sa
 from inq_lightning.cli.export import main as export
 from inq_lightning.formats.checkpoint import read_checkpoint
 from inq_lightning.formats.packed import ArtifactError, read_packed
-from inq_lightning.formats.tensors import DTYPES
+from inq_lightning.formats.tensors import STORED, as_bytes
 from inq_lightning.recipes.classifier import Classifier
 from inq_lightning.recipes.data import DigitsDataModule
 from inq_lightning.recipes.models import SmallCNN
@@ -262,15 +263,150 @@ def test_layers_of_zeros_scalars_and_empty_tensors_come_back(tmp_path: Path) -> 
     assert artifact.layers[0].n1 is None
 
 
-def test_buffers_of_every_type_that_safetensors_holds_come_back(tmp_path: Path) -> None:
-    net = quantized(nn.Linear(3, 3))
-    for dtype in DTYPES.values():
-        net.register_buffer(str(dtype).replace(".", "_"), torch.tensor([0, 1, 1]).to(dtype))
+@pytest.mark.parametrize("as_parameter", [False, True])
+def test_tensors_of_every_type_come_back(tmp_path: Path, as_parameter: bool) -> None:
+    net, target = quantized(nn.Linear(3, 3)), nn.Linear(3, 3)
+    for name, dtype in STORED.items():
+        value = torch.tensor([[0, 1, 1]]).to(torch.float32).to(dtype)
+        for network, tensor in ((net, value), (target, torch.empty_like(value))):
+            if as_parameter:
+                network.register_parameter(f"as_{name}", nn.Parameter(tensor, requires_grad=False))
+            else:
+                network.register_buffer(f"as_{name}", tensor)
+    assert {"complex128", "complex64", "float8_e4m3fn", "float8_e8m0fnu", "int64", "bool"} <= STORED.keys()
     save_packed(net, tmp_path / "network.safetensors")
-    state = read_packed(tmp_path / "network.safetensors").state_dict
-    for name, value in net.state_dict().items():
-        assert (state[name].dtype, state[name].shape) == (value.dtype, value.shape)
-        assert torch.equal(state[name].view(torch.uint8), value.view(torch.uint8)), name
+    load_packed(tmp_path / "network.safetensors", target)
+    for state in (read_packed(tmp_path / "network.safetensors").state_dict, target.state_dict()):
+        for name, value in net.state_dict().items():
+            assert (state[name].dtype, state[name].shape) == (value.dtype, value.shape)
+            assert torch.equal(as_bytes(state[name]), as_bytes(value)), name
+
+
+def test_complex_numbers_that_torch_keeps_conjugated_come_back(tmp_path: Path) -> None:
+    net = quantized(nn.Linear(3, 3))
+    net.register_buffer("phase", torch.tensor([1 + 2j, 3 - 1j]).conj())
+    save_packed(net, tmp_path / "network.safetensors")
+    assert read_packed(tmp_path / "network.safetensors").state_dict["phase"].tolist() == [1 - 2j, 3 + 1j]
+
+
+class Extra(nn.Linear):
+    """A linear layer with extra state."""
+
+    extra: Any = None
+
+    def get_extra_state(self) -> Any:
+        return self.extra
+
+    def set_extra_state(self, state: Any) -> None:
+        self.extra = state
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        None,
+        3,
+        float("inf"),
+        "text",
+        {"scale": 0.5, 7: (1, [None, True])},
+        b"\x00\xff",
+        {"history": torch.tensor([[1.5, -2.0]], dtype=torch.bfloat16), "empty": torch.zeros(0, 3)},
+    ],
+)
+def test_extra_state_comes_back(tmp_path: Path, extra: Any) -> None:
+    net, target = quantized(nn.Sequential(Extra(3, 3))), nn.Sequential(Extra(3, 3))
+    net[0].extra = extra
+    save_packed(net, tmp_path / "network.safetensors")
+    load_packed(tmp_path / "network.safetensors", target)
+    assert repr(target[0].extra) == repr(extra)
+    torch.save(net.state_dict(), tmp_path / "network.pt")
+    export([str(tmp_path / "network.pt"), str(tmp_path / "exported.safetensors")])
+    assert repr(read_packed(tmp_path / "exported.safetensors").extra_state["0._extra_state"]) == repr(extra)
+
+
+def test_what_cannot_be_stored_is_refused_by_name_and_with_a_remedy(tmp_path: Path) -> None:
+    net = quantized(Extra(2, 2))
+    for extra, message in (
+        (object(), "_extra_state holds a object.*Let get_extra_state return such"),
+        ([torch.zeros(1 << 19)], "_extra_state holds a tensor of torch.float32.*register a buffer"),
+    ):
+        net.extra = extra
+        with pytest.raises(ValueError, match=message):
+            save_packed(net, tmp_path / "network.safetensors")
+    for value, message in (
+        (torch.zeros(2, 2).to_sparse(), r"other is a Tensor \(torch.sparse_coo.*make sparse ones dense"),
+        (torch.zeros(2, device="meta"), "other is a Tensor .*on meta"),
+        (torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), r"other is torch\.qint8.*dequantize"),
+        (torch.empty(2, dtype=torch.uint4), r"other is torch\.uint4; the file holds .*keep its bytes as uint8"),
+    ):
+        net = quantized(nn.Linear(2, 2))
+        net.register_buffer("other", value)
+        with pytest.raises(ValueError, match=message):
+            save_packed(net, tmp_path / "network.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Renames(nn.Module):
+    """A module whose state_dict has names of its own."""
+
+    def __init__(self, copies: bool = False) -> None:
+        super().__init__()
+        self.net, self.copies = small(), copies
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = {f"backbone.{name}": value for name, value in super().state_dict(*args, **kwargs).items()}
+        return {name: value.clone() for name, value in state.items()} if self.copies else state
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().load_state_dict({k.removeprefix("backbone."): v for k, v in state_dict.items()}, *args, **kwargs)
+
+
+def test_a_state_dict_that_renames_its_keys_is_packed_by_what_it_holds(tmp_path: Path) -> None:
+    net, target = quantized(Renames()), Renames()
+    saved = save_packed(net, tmp_path / "network.safetensors")
+    assert saved.weights == 3 * 8 * 9 + 32 * 4
+    file = read_packed(tmp_path / "network.safetensors")
+    assert [layer.name for layer in file.layers or ()] == ["backbone.net.0.weight", "backbone.net.3.weight"]
+    assert_same(load_packed(tmp_path / "network.safetensors", target).state_dict(), net.state_dict())
+    with pytest.raises(ValueError, match=r"state_dict\(\) does not hold net\.0\.weight, which is on a grid"):
+        save_packed(quantized(Renames(copies=True)), tmp_path / "copies.safetensors")
+
+
+def test_a_state_dict_that_puts_other_weights_in_their_place_is_refused(tmp_path: Path) -> None:
+    net = quantized(nn.Linear(3, 3))
+    average = torch.randn(3, 3)
+    net.register_state_dict_post_hook(lambda module, state, prefix, _: state.update({f"{prefix}weight": average}))
+    with pytest.raises(ValueError, match=r"does not hold weight, which is on a grid"):
+        save_packed(net, tmp_path / "network.safetensors")
+
+
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_a_norm_of_weights_that_was_left_out_comes_back(tmp_path: Path, norm: Any) -> None:
+    torch.manual_seed(0)
+    module = Module(nn.Sequential(nn.Linear(64, 16), norm(nn.Linear(16, 11))))
+    callback = INQCallback(4, schedule={0: 0.5, 1: 1.0}, exclude=["net.1*"])
+    fit = trainer(callback, max_epochs=2)
+    fit.fit(module)
+    fit.save_checkpoint(tmp_path / "trained.ckpt")
+    module.eval()
+    target = Module(nn.Sequential(nn.Linear(64, 16), norm(nn.Linear(16, 11)))).eval()
+    save_packed(module, tmp_path / "a.safetensors", layers=callback.layers)
+    save_packed(module, tmp_path / "b.safetensors")
+    save_packed(module.state_dict(), tmp_path / "c.safetensors")
+    export([str(tmp_path / "trained.ckpt"), str(tmp_path / "d.safetensors")])
+    for name in "abcd":
+        load_packed(tmp_path / f"{name}.safetensors", target)
+        assert_same(target.state_dict(), module.state_dict())
+
+
+@pytest.mark.parametrize("entropy_coded", [False, True])
+def test_layers_without_weights_come_back(tmp_path: Path, entropy_coded: bool) -> None:
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 0), nn.Conv2d(0, 2, 3), nn.Embedding(0, 3))
+
+    saved = save_packed(quantized(net()), tmp_path / "network.safetensors", entropy_coded=entropy_coded)
+    assert saved.weights == 16
+    load_packed(tmp_path / "network.safetensors", net())
 
 
 def test_a_state_dict_is_saved_as_its_network_is(tmp_path: Path) -> None:
@@ -339,19 +475,6 @@ def test_weights_that_are_tied_only_in_the_network_are_refused(tmp_path: Path) -
     target[1].weight = target[0].weight
     with pytest.raises(ArtifactError, match=r"1\.weight and 0\.weight are tied in the network, not in the file"):
         load_packed(tmp_path / "network.safetensors", target)
-
-
-def test_a_state_that_is_no_plain_tensor_is_refused_by_name(tmp_path: Path) -> None:
-    class Extra(nn.Linear):
-        def get_extra_state(self) -> Any:
-            return {"anything": 1}
-
-    with pytest.raises(ValueError, match="_extra_state is a dict"):
-        save_packed(quantized(Extra(2, 2)), tmp_path / "network.safetensors")
-    net = quantized(nn.Linear(2, 2))
-    net.register_buffer("phase", torch.zeros(2, dtype=torch.complex128))
-    with pytest.raises(ValueError, match=r"phase is torch\.complex128"):
-        save_packed(net, tmp_path / "network.safetensors")
 
 
 def test_another_version_and_other_safetensors_files_are_refused_by_what_they_are(tmp_path: Path) -> None:

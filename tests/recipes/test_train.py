@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import sysconfig
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_module
@@ -25,9 +27,11 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from inq_lightning import PRESETS
+from inq_lightning import PRESETS, inspect_file, read_packed
+from inq_lightning.cli.export import main as export
 from inq_lightning.grid import from_spec
 from inq_lightning.recipes.models import LeNet5, SmallCNN
+from inq_lightning.recipes.plan import main as plan
 from inq_lightning.recipes.start import plan_epochs
 from inq_lightning.recipes.train import main
 from inq_lightning.report.run import Report
@@ -577,6 +581,112 @@ def test_a_module_of_ones_own_in_the_working_directory_works_end_to_end(tmp_path
     checkpoint = load(tmp_path / "run" / "quantized.ckpt")
     assert checkpoint["hyper_parameters"] == {"hidden": [8]}
     assert checkpoint["callbacks"]["INQCallback"]["layers"].keys() == {"body.1.weight", "body.3.weight"}
+
+
+PARTIAL = """
+from functools import partial
+import torch
+from pytorch_lightning import LightningModule
+from torch import nn
+
+
+class Keeps:
+    pass
+
+
+class Module(LightningModule):
+    def __init__(self, optimizer, keeps=False):
+        super().__init__()
+        self.save_hyperparameters()
+        self.keeps = keeps
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.body(batch[0]), batch[1])
+
+    def forward(self, x):
+        return self.body(x)
+
+    def test_step(self, batch, batch_idx):
+        self.log("test/acc", (self.body(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self):
+        return self.hparams.optimizer(self.parameters())
+
+    def on_save_checkpoint(self, checkpoint):
+        if self.keeps:
+            checkpoint["mine"] = [Keeps()]
+"""
+
+
+def test_a_module_with_a_partial_optimizer_among_its_hyperparameters_reads_back_what_it_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_partial.py").write_text(PARTIAL)
+    monkeypatch.chdir(tmp_path)
+    custom = [
+        *SHORT,
+        "inq.schedule.portions=[0.5,1.0]",
+        "logger=none",
+        "model=custom",
+        "model._target_=my_partial.Module",
+        "+model.optimizer={_target_: torch.optim.SGD, _partial_: true, lr: 0.1}",
+        "pretrain=plain",
+    ]
+    first = run(tmp_path / "first", *custom)
+    ckpt = tmp_path / "first" / "quantized.ckpt"
+    with pytest.raises(pickle.UnpicklingError):
+        load(ckpt)
+    resumed = run(tmp_path / "resumed", *custom, f"ckpt={ckpt}", "resume=true")
+    assert resumed["after"] == first["after"]
+    run(tmp_path / "pretraining", *custom, f"ckpt={tmp_path}/first/pretrain/last.ckpt", "resume=true")
+    initialized = run(tmp_path / "initialized", *custom, f"ckpt={tmp_path}/first/pretrain/last.ckpt")
+    assert initialized["before"] == first["before"]
+    assert inspect_file(ckpt).quantized_fraction == 1
+    export([str(ckpt), str(tmp_path / "net.safetensors")])
+    weight = torch.load(ckpt, weights_only=False)["state_dict"]["body.1.weight"]
+    assert torch.equal(read_packed(tmp_path / "net.safetensors").state_dict["body.1.weight"], weight)
+    kept = run(tmp_path / "kept", *custom, "+model.keeps=true", f"ckpt={ckpt}")
+    assert kept["quantized_fraction"] == 1
+    with pytest.raises(ValueError, match=r"holds in mine objects that only code could restore.*leave out resume=true"):
+        run(tmp_path / "refused", *custom, f"ckpt={tmp_path}/kept/quantized.ckpt", "resume=true")
+
+
+def command(function: Callable[[], None], *arguments: str) -> None:
+    """A command as Hydra runs it, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["inq", *arguments])
+        function()
+
+
+def test_relative_paths_are_those_of_the_working_directory_in_whatever_folder_the_job_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    images, labels = torch.randint(0, 256, (64, 8, 8), dtype=torch.uint8), torch.arange(64) % 3
+    parts = {f"{kind}_{part}": x.numpy() for part in ("train", "test") for kind, x in (("x", images), ("y", labels))}
+    np.savez("images.npz", **parts)
+    (tmp_path / "my_nets.py").write_text(MY_MODULE.replace("nn.Linear(hidden[0], 10)", "nn.Linear(hidden[0], 3)"))
+    custom = ["model=custom", "model._target_=my_nets.MyModule", "+model.hidden=[8]", "pretrain=plain"]
+    shared = [
+        *TINY,
+        *custom,
+        "data=npz",
+        "data.batch_size=8",
+        "data.path=images.npz",
+        "data.in_channels=1",
+        "data.image_size=8",
+        "hydra.job.chdir=true",
+        "output=json",
+    ]
+    command(main, *shared, "hydra.run.dir=run", "trainer.enable_progress_bar=false")
+    again = [*shared, "ckpt=run/quantized.ckpt"]
+    capsys.readouterr()
+    command(plan, *again, "hydra.run.dir=plan")
+    assert '"selected": 536' in capsys.readouterr().out
+    command(main, *again, "hydra.run.dir=again")
+    assert read_report(tmp_path / "again")["before"] == read_report(tmp_path / "run")["after"]
+    assert Path.cwd() == tmp_path
 
 
 def test_a_module_without_a_learning_rate_is_told_of_plain_pretraining(tmp_path: Path) -> None:

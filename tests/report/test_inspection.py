@@ -297,6 +297,8 @@ def test_a_file_of_no_known_format_is_told_what_could_be_opened(
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"state_dict": {}, "hyper_parameters": Code()}, tmp_path / "file.ckpt")
+    assert "holds no weights" in refusal(capsys, tmp_path / "file.ckpt")
+    torch.save({"state_dict": Code()}, tmp_path / "file.ckpt")
     assert "holds objects that only code could restore" in refusal(capsys, tmp_path / "file.ckpt")
 
 

@@ -362,6 +362,14 @@ def test_what_may_compute_something_else_stays_in_floating_point() -> None:
     assert packed["head"].weight is not model["head"].weight
 
 
+def test_a_network_with_the_older_weight_norm_is_packed_after_it_has_run() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.utils.weight_norm(nn.Linear(8, 4)))
+    net[0].weight.data = PowerOfTwoGrid.from_weights(net[0].weight.data, 4).quantize(net[0].weight.data)
+    net(torch.randn(2, 8)).sum().backward()
+    x = torch.randn(2, 8)
+    assert torch.equal(to_packed(net)(x), net(x))
+
+
 def test_networks_that_are_not_quantized_and_unknown_modes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"0\.weight.* not on a grid"):
         to_packed(nn.Sequential(nn.Linear(8, 8)))

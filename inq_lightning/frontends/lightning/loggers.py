@@ -130,8 +130,8 @@ def layout(metrics: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
         "phase": chart("inq/phase"),
         "signal-to-quantization-noise ratio (dB)": chart("inq/sqnr_db"),
     }
-    if any(name.startswith("inq/quantized_fraction/") for name in metrics):
-        quantization["quantized fraction by layer"] = ["Multiline", ["^inq/quantized_fraction/.+$"]]
+    if any(name.startswith("inq/quantized_fraction_per_layer/") for name in metrics):
+        quantization["quantized fraction by layer"] = ["Multiline", ["^inq/quantized_fraction_per_layer/.+$"]]
     if rates := [name for name in metrics if name.startswith("lr-")]:
         quantization["learning rate"] = chart(*rates)
     quantities: dict[str, list[str]] = {}

@@ -55,6 +55,7 @@ class INQMonitor(Callback):
         self._final = False  # whether they show weights that will not move any more
         self._grouped = False  # whether the layout is written
         self._drawing = True  # until matplotlib turns out to be missing
+        self._step = 0  # of loggers: batches, however many optimizers step in one
 
     # ---- Lightning's hooks -------------------------------------------------------------------------------------------
 
@@ -65,17 +66,23 @@ class INQMonitor(Callback):
             board.keep_first_hyperparameters()
         if stage == "fit":
             self._history, self._before = [_point(0, 0.0, self._before)] if self._before else [], {}
-            self._shown, self._final, self._grouped, self._drawing = 0, False, False, True
+            self._shown, self._final, self._grouped, self._drawing, self._step = 0, False, False, True, 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add INQCallback's arguments to the hyper-parameters."""
         for logger in trainer.loggers:
             logger.log_hyperparams(_settings(_inq(trainer)))
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on from the step of a checkpoint."""
+        self._step = trainer.fit_loop.epoch_loop._batches_that_stepped
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Show a phase that has just begun."""
+        loop = trainer.fit_loop.epoch_loop
+        self._step = loop._batches_that_stepped + (not loop._should_accumulate())  # Lightning counts it later
         phase = _inq(trainer).phase
         if phase != self._shown:
             self._shown = phase
@@ -104,7 +111,7 @@ class INQMonitor(Callback):
             return
         size = float(size_of(pl_module, {layer.name: layer.bits for layer in inq.layers}).bytes)
         for logger in trainer.loggers:
-            logger.log_metrics({"inq/bytes": size}, trainer.global_step)
+            logger.log_metrics({"inq/bytes": size}, self._step)
             logger.save()
         for board in tensorboards(trainer):
             board.compare(
@@ -129,15 +136,15 @@ class INQMonitor(Callback):
         else:
             self._before |= metrics
         if trainer.state.fn != "fit" and self._history and metrics:
-            self._draw(trainer, "inq/metrics", self._metrics_figure, trainer.global_step + 1)  # beside the last of fit
+            self._draw(trainer, "inq/metrics", self._metrics_figure, self._step + 1)  # beside the last of fit
 
     def _record(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         fraction = _inq(trainer).quantized_fraction
         last = self._history[-1] if self._history else None
-        if last and (last["step"], last["fraction"]) == (trainer.global_step, fraction):
+        if last and (last["step"], last["fraction"]) == (self._step, fraction):
             last["metrics"] |= metrics
         elif metrics:
-            self._history.append(_point(trainer.global_step, fraction, metrics))
+            self._history.append(_point(self._step, fraction, metrics))
 
     def _metrics_figure(self) -> Figure:
         points = [(point["fraction"], point["metrics"]) for point in self._history]
@@ -165,8 +172,8 @@ class INQMonitor(Callback):
         title = f"phase {inq.phase} of {len(inq.options.phases.portions)}, {inq.quantized_fraction:.1%} frozen"
         for board in tensorboards(trainer):
             for name, layer in layers.items():
-                board.histogram(f"inq_exponents/{name}/frozen", layer.frozen, trainer.global_step)
-                board.histogram(f"inq_exponents/{name}/free", layer.free, trainer.global_step)
+                board.histogram(f"inq_exponents/{name}/frozen", layer.frozen, self._step)
+                board.histogram(f"inq_exponents/{name}/free", layer.free, self._step)
         self._draw(trainer, "inq/exponents", lambda: plots.exponent_histogram(layers, title))
         self._draw(trainer, "inq/heatmap", lambda: plots.exponent_heatmap(layers, title))
 
@@ -182,7 +189,7 @@ class INQMonitor(Callback):
             rank_zero_warn(f"INQMonitor logs no figures: {error}")
             return
         for taker in takers:
-            taker.figure(tag, drawn, trainer.global_step if step is None else step)
+            taker.figure(tag, drawn, self._step if step is None else step)
 
     def _group(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write TensorBoard's layout of scalars, once the names of the metrics are known."""

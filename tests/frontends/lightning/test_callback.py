@@ -319,7 +319,7 @@ def test_fraction_phase_and_noise_are_logged_every_epoch(tmp_path: Path) -> None
     assert first == same != last
     assert 5 < first < 40
     assert 5 < last < 40
-    assert logged(tmp_path, "inq/quantized_fraction/net.3.weight") == [0.5, 0.5, 1.0]
+    assert logged(tmp_path, "inq/quantized_fraction_per_layer/net.3.weight") == [0.5, 0.5, 1.0]
     assert run.callback_metrics["inq/quantized_fraction"] == 1.0
 
 

@@ -25,7 +25,7 @@ from support import SCHEDULE, TinyModule, assert_same_state, trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-from torch import Tensor
+from torch import Tensor, nn
 
 from inq_lightning import INQCallback, Schedule
 from inq_lightning.frontends.lightning.loggers import layout
@@ -131,9 +131,15 @@ def test_the_layout_groups_scalars_that_exist(shown: EventAccumulator) -> None:
 
 
 def test_the_layout_has_a_chart_of_all_layers_where_they_are_logged() -> None:
-    charts = layout(["inq/quantized_fraction", "inq/quantized_fraction/a.weight", "inq/quantized_fraction/b.weight"])
+    charts = layout(
+        [
+            "inq/quantized_fraction",
+            "inq/quantized_fraction_per_layer/a.weight",
+            "inq/quantized_fraction_per_layer/b.weight",
+        ]
+    )
     (pattern,) = charts["INQ"]["quantized fraction by layer"][1]
-    assert re.match(pattern, "inq/quantized_fraction/b.weight")
+    assert re.match(pattern, "inq/quantized_fraction_per_layer/b.weight")
     assert not re.match(pattern, "inq/quantized_fraction")
 
 
@@ -172,6 +178,67 @@ def test_a_csv_logger_gets_no_figures_and_no_warning(tmp_path: Path) -> None:
     assert {"inq/bytes", "inq/quantized_fraction", "val/acc"} <= set(header)
     assert "inq/bits: 5" in (tmp_path / "run" / "hparams.yaml").read_text()
     assert {path.suffix for path in tmp_path.rglob("*.*")} == {".csv", ".yaml"}
+
+
+class Alternating(Logging):
+    """Two optimizers, each of which steps in every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.zero_grad()
+            loss = super().training_step(batch, batch_idx)
+            self.manual_backward(loss)
+            optimizer.step()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.net[i].parameters(), lr=0.1) for i in (0, 3)]
+
+
+def test_figures_are_on_lightnings_step_axis_however_many_optimizers_there_are(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    options = {"logger": logger, "limit_val_batches": 1.0, "max_epochs": 2, "log_every_n_steps": 1}
+    t = trainer(INQCallback(schedule=SHORT), INQMonitor(), **options)
+    t.fit(Alternating())
+    assert t.global_step == 16
+    shown = events(tmp_path / "run")
+    for tag, steps in zip(FIGURES, ([1, 5], [1, 5], [5, 8]), strict=True):
+        assert [image.step for image in shown.Images(tag)] == steps
+    assert [event.step for event in shown.Scalars("train/loss_step")][-1] == 7
+    assert [event.step for event in shown.Scalars("inq/bytes")] == [8]
+
+
+class FileStore(Logger):
+    """Keeps each metric in a file of its name, which may be a path, as MLflow's file store does."""
+
+    name, version = "files", 0
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        for name, value in metrics.items():
+            path = self.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(f"{step} {value}\n")
+
+
+def test_no_metric_is_a_folder_of_others(tmp_path: Path) -> None:
+    callback = INQCallback(schedule=SHORT, log_per_layer=True)
+    module = Logging()
+    module.empty = nn.Linear(4, 0)
+    trainer(callback, INQMonitor(), logger=FileStore(tmp_path), max_epochs=2).fit(module)
+    folder = tmp_path / "inq" / "quantized_fraction_per_layer"
+    assert {path.name for path in folder.iterdir()} == {"net.0.weight", "net.3.weight", "empty.weight"}
+    assert (tmp_path / "inq" / "quantized_fraction").read_text().endswith(" 1.0\n")
 
 
 def test_several_loggers_and_none_work(tmp_path: Path) -> None:
