@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from inq_lightning.core.frozen import FrozenWeight
 
@@ -27,8 +27,12 @@ class Together:
 
     def mask_gradients(self) -> None:
         """Zero the gradients of frozen weights."""
+        weights = list(self._weights.values())
+        places = _addresses([weight.parameter.grad for weight in weights], weights)
+        if places is not None and self._mask is not None and self._mask.repeat(places):
+            return
         pairs: list[tuple[Tensor, Tensor]] = []
-        for weight in self._weights.values():
+        for weight in weights:
             gradient = weight.gradient()
             if gradient is None:
                 continue
@@ -37,13 +41,18 @@ class Together:
                 pairs.append((gradient, weight.values))
             else:
                 weight.mask_gradient()
+                places = None
         if self._mask is not None:
-            self._mask(pairs)
+            self._mask(pairs, places if len(pairs) == len(weights) else None)
 
     def restore(self) -> None:
         """Put frozen weights back to their values, bit for bit."""
+        weights = list(self._weights.values())
+        places = _addresses([weight.parameter for weight in weights], weights)
+        if places is not None and self._restore is not None and self._restore.repeat(places):
+            return
         pairs: list[tuple[Tensor, Tensor]] = []
-        for weight in self._weights.values():
+        for weight in weights:
             if not weight.frozen:
                 continue
             tensor = weight.local
@@ -52,8 +61,19 @@ class Together:
                 pairs.append((tensor, weight.values))
             else:
                 weight.restore()
+                places = None
         if self._restore is not None:
-            self._restore(pairs)
+            self._restore(pairs, places if len(pairs) == len(weights) else None)
+
+
+def _addresses(tensors: Sequence[Tensor | None], weights: Sequence[FrozenWeight]) -> list[int] | None:
+    """Where plain tensors on a GPU, and their values, are; None if they are others."""
+    places = []
+    for tensor, weight in zip(tensors, weights, strict=True):
+        if tensor is None or not tensor.is_cuda or type(tensor) not in (Tensor, nn.Parameter) or tensor.is_sparse:
+            return None
+        places += [tensor.data_ptr(), weight.values.data_ptr()]
+    return places
 
 
 def _launch(action: str, tensor: Tensor) -> Launch | None:

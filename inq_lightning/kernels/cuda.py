@@ -48,6 +48,7 @@ class Launch:
     def __init__(self, action: str) -> None:
         self._action = action  # not the kernel: callbacks are pickled
         self._tables: dict[torch.dtype, tuple[list[int], Tensor, Tensor]] = {}
+        self._last: tuple[list[int], list[torch.dtype]] | None = None
 
     @staticmethod
     def takes(tensor: Tensor, values: Tensor) -> bool:
@@ -56,20 +57,39 @@ class Launch:
         return same and tensor.dtype in _DTYPES and values.dtype is torch.bfloat16
 
     @torch.compiler.disable
-    def __call__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        """Do it for pairs of a tensor and its values, all on one device."""
-        for dtype in {tensor.dtype for tensor, _ in pairs}:
+    def repeat(self, addresses: list[int]) -> bool:
+        """Do again what the last call did, if it was for these addresses; whether it was."""
+        if self._last is None or self._last[0] != addresses:
+            return False
+        for dtype in self._last[1]:
+            self._start(dtype)
+        return True
+
+    @torch.compiler.disable
+    def __call__(self, pairs: list[tuple[Tensor, Tensor]], addresses: list[int] | None = None) -> None:
+        """Do it for pairs of a tensor and its values, all on one device.
+
+        Args:
+            pairs: Them.
+            addresses: Where they are, for :meth:`repeat`; None if there is more to do than this.
+        """
+        dtypes = list(dict.fromkeys(tensor.dtype for tensor, _ in pairs))
+        self._last = None if addresses is None else (addresses, dtypes)
+        for dtype in dtypes:
             chosen = [pair for pair in pairs if pair[0].dtype is dtype]
             rows = [number for t, v in chosen for number in (t.data_ptr(), v.data_ptr(), t.numel())]
             if dtype not in self._tables or self._tables[dtype][0] != rows:
                 # Not in place: the last launch may not have read its table yet.
                 self._tables[dtype] = (rows, *_upload(rows, chosen[0][0].device))
-            _, table, blocks = self._tables[dtype]
-            if len(blocks):
-                with torch.cuda.device(table.device):
-                    {"mask": _mask, "restore": _restore}[self._action][(len(blocks),)](
-                        table, blocks, dtype=_DTYPES[dtype], block=_BLOCK
-                    )
+            self._start(dtype)
+
+    def _start(self, dtype: torch.dtype) -> None:
+        _, table, blocks = self._tables[dtype]
+        if len(blocks):
+            with torch.cuda.device(table.device):
+                {"mask": _mask, "restore": _restore}[self._action][(len(blocks),)](
+                    table, blocks, dtype=_DTYPES[dtype], block=_BLOCK
+                )
 
 
 def _upload(rows: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
