@@ -30,7 +30,7 @@ from inq_lightning.report.plots import Exponents, exponent_histogram
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
 TEMPLATE = HERE / "results.md"
-DRAWN = ("5bit", "2bit")  # cells with figures on the page
+DRAWN = ("5bit", "2bit_paper")  # cells with figures on the page
 
 TEST_IMAGES = 10_000
 
@@ -40,7 +40,7 @@ Results = dict[str, dict[int, dict[str, Any]]]  # by cell, then by seed
 CONTROLS = {5: "5bit_control", 4: "4bit_control", 3: "3bit_control", 2: "2bit_control"}
 
 #: Points of test accuracy over the baseline that the study aimed at, by bits.
-AIMS = {5: 0.0, 4: 0.0, 3: -0.2, 2: -0.5}
+AIMS = {5: 0.0, 4: 0.0, 3: 0.0, 2: -0.2}
 
 _STRAIGHT_THROUGH = """\
 Training steps saw the free weights rounded, and the gradient moved the unrounded ones (the straight-through estimate).\

@@ -31,6 +31,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 
 from inq_lightning import INQCallback, PowerOfTwoGrid, Schedule
+from inq_lightning.core.frozen import fit_levels
 from inq_lightning.core.restart import Restart
 from inq_lightning.formats.layers import find_grids
 from inq_lightning.recipes.classifier import Classifier
@@ -145,7 +146,8 @@ def one_shot(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     with torch.no_grad():
         for selected in callback.select(module):
             weight = selected.parameter
-            grid = PowerOfTwoGrid.from_weights(weight, selected.bits, options.underflow, options.exponent)
+            levels = fit_levels(weight, selected.bits, selected.levels)
+            grid = PowerOfTwoGrid.from_weights(weight, selected.bits, options.underflow, options.exponent, levels)
             weight.copy_(grid.quantize(weight))
     return {**evaluate(cfg, module, data), "epochs": []}
 
