@@ -335,7 +335,8 @@ def check_identical(name: str, weight: Tensor, decoded: Tensor, target: NumberFo
     if decoded.dtype is not weight.dtype or not torch.equal(decoded, weight):
         raise ValueError(
             f"{name} does not come back bit for bit from {target.name}: its levels or its scale leave what "
-            f"{weight.dtype} or the library computes exactly; keep the weights in float32, or use save_packed"
+            f"{weight.dtype} or the library computes exactly; keep the weights in float32, use save_packed, or "
+            'quantize with levels="paper", whose levels lie closest together'
         )
 
 

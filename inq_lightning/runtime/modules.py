@@ -18,6 +18,7 @@ from inq_lightning.core.layer import Layer, computed_tensors, plain_name
 from inq_lightning.formats.layers import find_grids
 from inq_lightning.grid import Grid, PowerOfTwoGrid
 from inq_lightning.grid.base import largest_multiple, table_order
+from inq_lightning.grid.levels import LevelsName, levels_of
 
 Activations = Literal["float", "int8"]
 
@@ -29,6 +30,7 @@ SEGMENT = 128  # products in one float32 sum, which keep its rounding below that
 FEW_SUMS = 4  # rows of input up to which weighted sums are faster than decoding a block for a matrix product
 FEW_PRODUCTS = 16  # the same for int8: oneDNN multiplies a single row much faster than several
 SPARSE = 50  # one code in so many may be corrected one by one
+_FAMILIES: tuple[LevelsName, ...] = ("paper", "full", "dense")
 LONGEST = 131_071  # inputs whose products of at most 128·128 still add up within int32
 
 
@@ -70,16 +72,16 @@ def to_packed(
         its bits and activations.
 
     Raises:
-        ValueError: ``activations`` is unknown, parameters are not on their grids, or these have other levels than
-            the paper's.
+        ValueError: ``activations`` is unknown, parameters are not on their grids, or these have levels that no name
+            stands for.
     """
     one_of("activations", activations, Activations)
     grids = find_grids(model, layers, allow_partial)
-    other = [name for name, grid in grids.items() if getattr(grid, "family", "paper") != "paper"]
+    other = [name for name, grid in grids.items() if getattr(grid, "family", "paper") not in _FAMILIES]
     if other:
         raise ValueError(
-            f"{', '.join(other)} {'has' if len(other) == 1 else 'have'} other levels than the paper's, which packed "
-            "modules do not multiply by; use export_onnx, or save_packed and the network itself"
+            f"{', '.join(other)} {'has' if len(other) == 1 else 'have'} levels of your own, which packed modules do "
+            f"not multiply by: they know {', '.join(_FAMILIES)}; use export_onnx, or save_packed and the network itself"
         )
     swapped = {
         id(module.weight): grids[name]
@@ -128,7 +130,7 @@ class Packed(nn.Module):
             negative of it: int8 holds -128 but not 128, for which 127, no power of two, stands where a layer has both.
             With more bits, the codes of the grid's ``encode``. Large linear layers in float mode have them in their
             state_dict only, see :class:`PackedLinear`.
-        grid: int64 of shape (3,): bits, step, and the sign of the codes.
+        grid: int64 of shape (4,): bits, step, the sign of the codes, and the levels: 0 the paper's, 1 full, 2 dense.
     """
 
     codes: Tensor
@@ -138,8 +140,9 @@ class Packed(nn.Module):
     _levels: Tensor | None  # by code, where codes are no multiples; as the bits of float64, which .half() leaves alone
 
     def _fill(self, codes: Tensor, sign: int, grid: Grid, dtype: torch.dtype, activations: Activations) -> None:
+        family = _FAMILIES.index(getattr(grid, "family", "paper"))
         self.register_buffer("codes", codes)
-        self.register_buffer("grid", torch.tensor([grid.bits, grid.step, sign], device=codes.device))
+        self.register_buffer("grid", torch.tensor([grid.bits, grid.step, sign, family], device=codes.device))
         self.register_buffer("_zero", codes.new_zeros((), dtype=dtype), persistent=False)  # follows .to(dtype)
         self.activations = activations
         self._read_grid()
@@ -150,18 +153,21 @@ class Packed(nn.Module):
         vars(self).update({name: value for name, value in vars(twin).items() if name not in vars(self)})
 
     def _read_grid(self) -> None:
-        bits, self._step, sign = (int(number) for number in self.grid)
-        grid = PowerOfTwoGrid(self._step - 1 + (1 << bits - 2), bits)
+        bits, self._step, sign, which = (int(number) for number in self.grid)
+        family = levels_of(_FAMILIES[which], bits)
+        grid = PowerOfTwoGrid(self._step + family.exponents[-1], bits, family=family)
         self._largest = largest_multiple(grid)
         self._linear = self._largest <= LARGEST
         self._wide = self._linear and sign < 0 and bool((self._natural() == 127).any())
         self._scale = math.ldexp(sign, self._step)
-        order = torch.tensor(table_order(grid.codes))
-        levels = None if self._linear else grid.decode(order, torch.float64).view(torch.int64).to(self.grid.device)
-        self.register_buffer("_levels", levels, persistent=False)
+        levels = grid.multiples(torch.tensor(table_order(grid.codes))) * math.ldexp(1.0, self._step)
+        table = None if self._linear else levels.view(torch.int64).to(self.grid.device)
+        self.register_buffer("_levels", table, persistent=False)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if (grid := state_dict.get(f"{prefix}grid")) is not None and len(grid) == 3:  # written before there were levels
+            state_dict[f"{prefix}grid"] = functional.pad(grid, (0, 1))
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._read_grid()
 
     def _natural(self) -> Tensor:

@@ -49,7 +49,7 @@ def test_freezing_rounds_exactly_the_chosen_weights_and_leaves_the_others(
 ) -> None:
     w = random(13, 11, dtype=dtype)
     w[0, :4] = 0
-    frozen = FrozenWeight("w", w, bits, underflow, "max")
+    frozen = FrozenWeight("w", w, bits, underflow, "max", "paper")
     n1 = fit(fractions(w))
     mask = torch.zeros_like(w, dtype=torch.bool)
     assert not frozen.mask.any()
@@ -140,7 +140,7 @@ def test_the_grid_is_fixed_when_the_first_weights_freeze_and_grown_weights_satur
 def test_the_grid_of_least_error_is_fixed_by_all_weights_and_the_largest_saturate() -> None:
     w = torch.randn(1000, generator=torch.Generator().manual_seed(1))
     best = PowerOfTwoGrid.from_weights(w, 2, exponent="mse")
-    layer = FrozenWeight("w", torch.nn.Parameter(w.clone()), 2, exponent="mse")
+    layer = FrozenWeight("w", torch.nn.Parameter(w.clone()), 2, exponent="mse", levels="paper")
     layer.freeze(0.2)
     assert layer.grid == best
     assert best.n1 == PowerOfTwoGrid.from_weights(w, 2).n1 - 2

@@ -156,6 +156,7 @@ def test_the_plan_is_plain_json() -> None:
         "bits": 5,
         "grid": None,
         "numel": 112,
+        "levels": "paper",
         "kept": 0,
         "frozen": [56, 84, 98, 112],
     }

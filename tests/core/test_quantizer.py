@@ -126,14 +126,14 @@ def test_each_layers_grid_is_fitted_as_its_bits_need_it(bits: int) -> None:
     least, largest = (PowerOfTwoGrid.from_weights(w, bits, exponent=rule) for rule in ("mse", "max"))
     assert (least != largest) or bits > 3
     expected = least if bits <= 4 else largest
-    quantizer, _ = first_phase(net, bits=bits)
+    quantizer, _ = first_phase(net, bits=bits, levels="paper")
     assert quantizer.layers[0].grid == expected
     net[0].weight.data = w.clone()
-    quantizer, _ = first_phase(net, bits=8 if bits < 5 else 2, layer_bits={"0": bits})
+    quantizer, _ = first_phase(net, bits=8 if bits < 5 else 2, layer_bits={"0": bits}, levels="paper")
     assert quantizer.layers[0].grid == expected
     net[0].weight.data = w.clone()
     for rule, grid in (("mse", least), ("max", largest)):
-        quantizer, _ = first_phase(net_like(net, w), bits=bits, exponent=rule)
+        quantizer, _ = first_phase(net_like(net, w), bits=bits, exponent=rule, levels="paper")
         assert quantizer.layers[0].grid == grid
 
 
@@ -153,19 +153,19 @@ def test_a_layer_that_its_grid_would_wipe_out_is_named_once_with_the_remedy() ->
 
 
 def test_least_error_leaves_nothing_to_warn_of_where_it_can() -> None:
-    assert first_phase(net_of(4.0, 20.0), bits=3)[1] == []
-    _, said = first_phase(net_of(4.0, 40000.0), bits=2)  # too far for it
+    assert first_phase(net_of(4.0, 20.0), bits=3, levels="paper")[1] == []
+    _, said = first_phase(net_of(4.0, 40000.0), bits=2, levels="paper")  # too far for it
     assert len(said) == 1
     assert 'exponent="mse"' not in said[0]
     assert "layer_bits" in said[0]
 
 
 def test_the_paper_s_rule_is_warned_of_where_it_wipes_out_2_bits() -> None:
-    _, said = first_phase(net_of(4.0, 4.0), bits=2, exponent="max")
+    _, said = first_phase(net_of(4.0, 4.0), bits=2, exponent="max", levels="paper")
     assert len(said) == 1
     assert "0.weight: 9" in said[0]
     assert "1.weight: 9" in said[0]
-    _, said = first_phase(net_of(4.0), bits=3, exponent="max", underflow="truncate")
+    _, said = first_phase(net_of(4.0), bits=3, exponent="max", underflow="truncate", levels="paper")
     assert 'underflow="nearest"' in said[0]
 
 

@@ -116,7 +116,7 @@ def test_extreme_exponents_fit_up_to_the_scales_range_and_are_refused_beyond(tar
 
 @pytest.mark.parametrize("target", sorted(NUMBER_FORMATS))
 def test_a_trained_network_comes_back_whole_and_predicts_the_same(target: str, tmp_path: Path) -> None:
-    module, callback = TinyModule(), INQCallback(bits=4, schedule=SCHEDULE)
+    module, callback = TinyModule(), INQCallback(bits=4, levels="paper", schedule=SCHEDULE)
     trainer(callback).fit(module)
     path = tmp_path / "out.safetensors"
     save_accelerator(module, path, target, layers=callback.layers)  # type: ignore[arg-type]

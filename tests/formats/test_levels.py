@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from support import same_bits
 from torch import nn
 
 from inq_lightning import (
+    Levels,
     PowerOfTwoGrid,
     export_onnx,
     inspect_file,
@@ -85,8 +87,31 @@ def test_an_accelerator_file_is_exact_or_is_refused(levels: str, bits: int, targ
     assert not path.exists()
 
 
+@pytest.mark.parametrize("activations", ["float", "int8"])
 @pytest.mark.parametrize(("levels", "bits"), LEVELS)
-def test_packed_modules_refuse_them_by_name(levels: str, bits: int) -> None:
+def test_packed_modules_decode_them_bit_for_bit(levels: str, bits: int, activations: str) -> None:
     net, layers = quantized(levels, bits)
-    with pytest.raises(ValueError, match=r"0\.weight, 4\.weight, 6\.weight have other levels"):
+    packed = to_packed(net, layers=layers, activations=activations)  # type: ignore[arg-type]
+    again = to_packed(quantized("paper", 5)[0], allow_partial=True)
+    again.load_state_dict(packed.state_dict())
+    for one in (packed, again):
+        for name in ("0", "4", "6"):
+            assert same_bits(one.get_submodule(name).weight, net.get_submodule(name).weight)  # type: ignore[arg-type]
+
+
+def test_packed_modules_refuse_levels_without_a_name() -> None:
+    net, layers = quantized("paper", 3)
+    grid = PowerOfTwoGrid(0, 2, family=Levels(False, (0, 3)))
+    with torch.no_grad():
+        net[0].weight.copy_(grid.quantize(net[0].weight))
+    layers = [replace(one, grid=grid, bits=2) if one.name == "0.weight" else one for one in layers]
+    with pytest.raises(ValueError, match=r"0\.weight has levels of your own"):
         to_packed(net, layers=layers)
+
+
+def test_packed_state_of_before_there_were_levels_loads() -> None:
+    net, layers = quantized("paper", 3)
+    packed = to_packed(net, layers=layers)
+    state = {k: v[:3] if k.endswith("grid") else v for k, v in packed.state_dict().items()}
+    packed.load_state_dict(state)
+    assert same_bits(packed[0].weight, net[0].weight)  # type: ignore[index]

@@ -83,7 +83,7 @@ def quantize(net: nn.Module, bits: int = 5, layer_bits: dict[str, int] | None = 
     generator = torch.Generator().manual_seed(bits)
     layers = []
     with torch.no_grad():
-        for name, p, width, _ in select_parameters(net, bits, embeddings=True, layer_bits=layer_bits):
+        for name, p, width, *_ in select_parameters(net, bits, embeddings=True, layer_bits=layer_bits):
             grid = PowerOfTwoGrid.from_weights(p, width)
             p.copy_(grid.quantize(p))
             levels = grid.levels.float()[torch.randperm(len(grid.levels), generator=generator)][: p.numel()]

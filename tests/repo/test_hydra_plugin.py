@@ -48,7 +48,7 @@ def test_a_template_trains_as_ever_without_the_callback(tmp_path: Path) -> None:
 def test_two_overrides_quantize_what_a_template_trains(tmp_path: Path) -> None:
     template("callbacks=[default,inq]", "inq.bits=4", "trainer.max_epochs=6", cwd=tmp_path)
     for w in weights(tmp_path):
-        levels = PowerOfTwoGrid(int(w.abs().max().log2()), 4).levels
+        levels = PowerOfTwoGrid(int(w.abs().max().log2()), 4, family="full").levels
         assert set(w.double().unique().tolist()) <= set(levels.tolist())
 
 

@@ -74,7 +74,7 @@ def wrong_arrows() -> set[str]:
 
 def needed_by_the_core() -> set[str]:
     """What grids, kernels and the core import beside torch and what comes with it."""
-    torch_only = sys.stdlib_module_names | {PACKAGE.name, "torch", "numpy", "typing_extensions"}
+    torch_only = sys.stdlib_module_names | {PACKAGE.name, "torch", "numpy", "typing_extensions", "triton"}
     files = [path for folder in ("grid", "kernels", "core") for path in (PACKAGE / folder).rglob("*.py")]
     assert len(files) > 10
     packages = {(p.relative_to(PACKAGE).as_posix(), module.split(".")[0]) for p in files for module in imports(p)}

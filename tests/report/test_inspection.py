@@ -43,7 +43,10 @@ class Files:
         self.original, self.partial, self.quantized = (
             folder / f"{n}.ckpt" for n in ("original", "partial", "quantized")
         )
-        self.module, self.callback = TinyModule(), INQCallback(schedule=SCHEDULE, layer_bits={"net.3": 3})
+        self.module, self.callback = (
+            TinyModule(),
+            INQCallback(schedule=SCHEDULE, layer_bits={"net.3": 3}, levels="paper"),
+        )
         self.before = {name: value.clone() for name, value in self.module.state_dict().items()}
         torch.save(self.before, self.original)
         run = trainer(self.callback, SaveAfterEpoch(1, self.partial))
