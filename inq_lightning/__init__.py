@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from inq_lightning.formats.onnx import export_onnx, read_onnx, session_options
     from inq_lightning.formats.packed import load_packed, read_packed, save_packed
     from inq_lightning.frontends.fabric import FabricINQ
-    from inq_lightning.frontends.huggingface import INQTrainerCallback
+    from inq_lightning.frontends.huggingface import INQTrainerCallback as INQTrainerCallback
     from inq_lightning.frontends.lightning.callback import INQCallback
     from inq_lightning.frontends.lightning.monitor import INQMonitor
     from inq_lightning.frontends.lightning.phases import phase_length
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 if not Path(__file__).with_name("conf").joinpath("__init__.py").exists():  # a checkout has conf/ beside this folder
     __path__.append(str(Path(__file__).parents[1]))
 
-__all__ = [
+__all__ = [  # what no extra is needed for: "from inq_lightning import *" imports all of it
     "INQ",
     "PRESETS",
     "FabricINQ",
@@ -43,7 +43,6 @@ __all__ = [
     "INQCallback",
     "INQMonitor",
     "INQProgressBar",
-    "INQTrainerCallback",
     "Levels",
     "Options",
     "PowerOfTwoGrid",
@@ -103,4 +102,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, *(name for name in globals() if name.startswith("__"))]
+    return [*(name for names in _HOMES.values() for name in names), *(n for n in globals() if n.startswith("__"))]

@@ -111,7 +111,12 @@ class FrozenWeight:
 
         Args:
             pruning_mask: Tensor of the parameter's shape, 0 where :mod:`torch.nn.utils.prune` has pruned.
+
+        Raises:
+            ValueError: Its levels have no zero.
         """
+        if self.levels != "auto" and not zero_of(self.levels):
+            raise ValueError(f"{self.name}: levels={self.levels!r} have no zero to keep; write levels='full'")
         weight = sharding.local(self.parameter)
         if pruning_mask is not None:
             weight.mul_(sharding.local_part(pruning_mask, self.parameter))
@@ -324,7 +329,9 @@ def fit_levels(
 
 
 def zero_share(weight: Tensor, reduce: Reduction = WHOLE) -> float:
-    """Share of weights that are exactly zero, 0 to 1, over all shards."""
+    """Share of weights that are exactly zero, 0 to 1, over all shards; 0 where they have no memory yet."""
+    if weight.is_meta:
+        return 0.0
     counts = torch.stack([(weight == 0).count_nonzero(), torch.tensor(weight.numel(), device=weight.device)])
     zeros, all_weights = reduce.sum(counts).tolist()
     return float(zeros / max(1, all_weights))

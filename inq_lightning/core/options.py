@@ -94,11 +94,8 @@ class Options:
         check_patterns("include", self.include)
         check_patterns("exclude", self.exclude)
         check_widths("layer_bits", self.layer_bits)
-        check_layer_levels("layer_levels", self.layer_levels)
         object.__setattr__(self, "levels", check_levels("levels", self.levels, self.bits))
-        if self.layer_levels is not None:
-            own = {pattern: check_levels("layer_levels", levels) for pattern, levels in self.layer_levels.items()}
-            object.__setattr__(self, "layer_levels", own)
+        object.__setattr__(self, "layer_levels", check_layer_levels("layer_levels", self.layer_levels))
         self._check_zero()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 31:
             raise ValueError(f"seed must be a whole number from 0 to {(1 << 31) - 1}, got {self.seed!r}")
@@ -113,7 +110,7 @@ class Options:
         """
         needs = "keep_zeros=True" if self.keep_zeros else "underflow='truncate'" if self.underflow == "truncate" else ""
         for levels in (self.levels, *(self.layer_levels or {}).values()):
-            if needs and not zero_of(choose_levels(levels, self.bits, zero=True)):
+            if needs and levels != "auto" and not zero_of(levels):
                 raise ValueError(f"{needs} needs a zero, which levels={levels!r} lack; write levels='full'")
 
     def as_dict(self) -> dict[str, Any]:

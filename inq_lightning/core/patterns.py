@@ -10,7 +10,7 @@ from typing import TypeVar
 from torch import nn
 
 from inq_lightning.core.layer import plain_name
-from inq_lightning.grid.levels import check_levels
+from inq_lightning.grid.levels import LevelsOption, check_levels
 from inq_lightning.grid.power_of_two import check_bits
 
 T = TypeVar("T")
@@ -88,18 +88,17 @@ def check_widths(option: str, widths: object) -> None:
             raise ValueError(f"{option}[{pattern!r}]: {error}") from error
 
 
-def check_layer_levels(option: str, levels: object) -> None:
-    """Refuse what is no mapping from patterns to levels.
+def check_layer_levels(option: str, levels: object) -> dict[str, LevelsOption] | None:
+    """A mapping from patterns to levels, each as :func:`~inq_lightning.grid.levels.check_levels` takes it.
 
     Raises:
         ValueError: ``levels`` is none; the message names the option.
     """
     if levels is None:
-        return
+        return None
     if not isinstance(levels, Mapping) or not _are_texts(levels, Mapping):
         raise ValueError(f"{option} must be a mapping pattern → levels, such as {{'net.fc': 'full'}}, got {levels!r}")
-    for pattern, one in levels.items():
-        check_levels(f"{option}[{pattern!r}]", one)
+    return {pattern: check_levels(f"{option}[{pattern!r}]", one) for pattern, one in levels.items()}
 
 
 def _are_texts(patterns: object, kind: type[Sequence[str]] | type[Mapping[str, int]]) -> bool:

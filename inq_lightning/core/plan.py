@@ -9,12 +9,14 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from inq_lightning.core import sharding
 from inq_lightning.core.coverage import Coverage
 from inq_lightning.core.frozen import fit_levels, frozen_count
 from inq_lightning.core.layer import Layer, plain_name
 from inq_lightning.core.schedule import Schedule, Unit
 from inq_lightning.core.selection import Selected, Selection
 from inq_lightning.core.size import size_of
+from inq_lightning.grid import Underflow
 from inq_lightning.grid.levels import LevelsLike, plain
 
 
@@ -91,7 +93,14 @@ class Plan:
     bytes_after: int
 
     @classmethod
-    def of(cls, module: nn.Module, selected: Selection, schedule: Schedule, keep_zeros: bool = False) -> Plan:
+    def of(
+        cls,
+        module: nn.Module,
+        selected: Selection,
+        schedule: Schedule,
+        keep_zeros: bool = False,
+        underflow: Underflow = "nearest",
+    ) -> Plan:
         """Work out the plan; nothing changes.
 
         Args:
@@ -99,11 +108,12 @@ class Plan:
             selected: What :func:`~inq_lightning.core.selection.select_parameters` selects of it.
             schedule: The schedule, spread over the run where its length is known.
             keep_zeros: Whether weights that are zero now stay zero, see :class:`~inq_lightning.INQCallback`.
+            underflow: What becomes of weights below the smallest level.
 
         Raises:
             ValueError: A parameter has no shape yet.
         """
-        layers = tuple(_planned(s, schedule, keep_zeros) for s in selected)
+        layers = tuple(_planned(s, schedule, keep_zeros, underflow) for s in selected)
         total = sum(layer.numel for layer in layers)
         starts: Sequence[int | None] = schedule.starts or [None] * len(schedule.portions)
         frozen = [sum(counts) for counts in zip(*(layer.counts for layer in layers), strict=True)]
@@ -133,9 +143,10 @@ class Plan:
         return asdict(self) | {"layers": [layer.as_dict() for layer in self.layers]}
 
 
-def _planned(selected: Selected, schedule: Schedule, keep_zeros: bool) -> PlannedLayer:
+def _planned(selected: Selected, schedule: Schedule, keep_zeros: bool, underflow: Underflow) -> PlannedLayer:
     weight, numel, kept = selected.parameter.detach(), selected.parameter.numel(), 0
-    levels = fit_levels(weight, selected.bits, selected.levels)
+    reduce = sharding.reduction(weight)
+    levels = fit_levels(sharding.local(weight), selected.bits, selected.levels, underflow == "truncate", reduce)
     if keep_zeros:
         pruned = weight if selected.pruning_mask is None else weight * selected.pruning_mask
         kept = int((pruned == 0).count_nonzero())

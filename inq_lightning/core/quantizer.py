@@ -131,8 +131,13 @@ class Quantizer:
         weight = self.weights[name]
         return sharding.full(weight.mask, weight.parameter)
 
-    def select(self, module: nn.Module) -> Selection:
-        """The parameters of ``module`` that would be quantized, and at how many bits; and what would not, and why."""
+    def select(self, module: nn.Module, untrained: bool = False) -> Selection:
+        """The parameters of ``module`` that would be quantized, and at how many bits; and what would not, and why.
+
+        Args:
+            module: The module.
+            untrained: Whether to take those too that are not trained, or that no optimizer holds.
+        """
         options = self.options
         return select_parameters(
             module,
@@ -144,7 +149,8 @@ class Quantizer:
             layer_levels=options.layer_levels,
             embeddings=options.embeddings,
             pruned=options.keep_zeros,
-            optimizers=self._optimizers,
+            trainable_only=not untrained,
+            optimizers=() if untrained else self._optimizers,
         )
 
     def plan(self, module: nn.Module, length: Length | None = None) -> Plan:
@@ -154,7 +160,7 @@ class Quantizer:
             ValueError: The run is too short, or nothing can be selected.
         """
         schedule = self.options.phases if length is None else self.options.phases.fit(length)
-        return Plan.of(module, self.select(module), schedule, self.options.keep_zeros)
+        return Plan.of(module, self.select(module), schedule, self.options.keep_zeros, self.options.underflow)
 
     # ---- a run -------------------------------------------------------------------------------------------------------
 
@@ -217,11 +223,10 @@ class Quantizer:
         saved = Schedule(**loaded["schedule"])
         # An open schedule was spread over the run that began.
         self.timetable = saved if schedule.starts is None and schedule.portions == saved.portions else schedule
-        parameters = dict(named_weights(module))
         later = {one.name for one in self._left_out if one.reason in ("frozen", "not optimized")}
-        for name, layer in loaded["layers"].items():  # a finetuning callback has not made it trainable again yet
-            if name in later:
-                self.weights[name] = self._frozen_weight(Selected(name, parameters[name], layer["bits"]))
+        if later := later & loaded["layers"].keys():  # a finetuning callback has not made them trainable again yet
+            selection = self.select(module, untrained=True)
+            self.weights.update((one.name, self._frozen_weight(one)) for one in selection if one.name in later)
         state.check_fits(loaded, self.options, self.timetable, self.weights)
         self.timetable.fit(length, loaded["origin"])
         self.timetable.check_certain(length, loaded["origin"])
@@ -390,28 +395,22 @@ class Quantizer:
 
     def _check(self, weights: Iterable[FrozenWeight]) -> list[Grid]:
         """Refuse weights that cannot be rounded, and warn of those that rounding would wipe out; the others' grids."""
-        lost, filled, grids = {}, [], []
+        lost, filled, grids = {}, {}, []
         for weight in weights:
             grids.append(grid := weight.check())
             if grid is weight.grid:
                 continue
-            if 0 not in grid.codes:
-                filled += [f"{weight.name}: {share:.1%}"] if (share := weight.zeros()) > MANY_ZEROS else []
-            elif (share := weight.lost(grid)) > _NEARLY_ALL:
-                lost[weight.name] = f"{weight.name}: {share:.1%} ({weight.bits} bits)"
-        if filled and sharding.is_first_process():
-            warnings.warn(
-                "INQ makes weights that are exactly zero other than zero in these layers, as their levels have no "
-                "zero:\n  " + "\n  ".join(filled) + '\nBetter: levels="auto", or "full" for them, by layer_levels',
-                stacklevel=2,
-            )
-        if lost and sharding.is_first_process():
-            warnings.warn(
-                "INQ rounds nearly all weights of these layers to zero, as their grids lie too high for them:\n  "
-                + "\n  ".join(lost.values())
-                + f"\nBetter: {self._remedies(lost)}",
-                stacklevel=2,
-            )
+            if 0 in grid.codes:
+                if (share := weight.lost(grid)) > _NEARLY_ALL:
+                    lost[weight.name] = f"{share:.1%} ({weight.bits} bits)"
+            elif (share := weight.zeros()) > MANY_ZEROS:
+                filled[weight.name] = f"{share:.1%}"
+        if lost:
+            what = "INQ rounds nearly all weights of these layers to zero, as their grids lie too high for them"
+            _warn(what, lost, self._remedies(lost))
+        if filled:
+            what = "INQ moves the weights of these layers that are exactly zero, as their levels have no zero"
+            _warn(what, filled, 'levels="auto", or "full" for them, by layer_levels')
         return grids
 
     def _remedies(self, names: Iterable[str]) -> str:
@@ -432,6 +431,13 @@ class Quantizer:
             weight.freeze(portion, options.partition, options.seed, grid)
             for weight, grid in zip(weights, grids, strict=True)
         ]
+
+
+def _warn(what: str, shares: Mapping[str, str], remedy: str) -> None:
+    """Warn once of layers whose grids do not suit them, by name."""
+    if sharding.is_first_process():
+        lines = "".join(f"\n  {name}: {share}" for name, share in shares.items())
+        warnings.warn(f"{what}:{lines}\nBetter: {remedy}", stacklevel=3)
 
 
 class StepHooks:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from inq_lightning._common import LazyExtra
 from inq_lightning.grid import Grid
-from inq_lightning.grid.base import largest_multiple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,10 +53,10 @@ class Exponents:
     grid: Grid | None = None
 
     @property
-    def levels(self) -> range:
-        """Exponents of the grid's levels; empty without any but zero."""
-        highest = largest_multiple(self.grid).bit_length() if self.grid else 0
-        return range(self.grid.step, self.grid.step + highest) if self.grid else range(0)
+    def levels(self) -> list[int]:
+        """Exponents of the grid's levels, ascending; empty without any but zero."""
+        positive = [level for level in self.grid.levels.tolist() if level > 0] if self.grid else []
+        return [math.frexp(level)[1] - 1 for level in positive]
 
     @property
     def total(self) -> int:
@@ -129,9 +128,9 @@ def exponent_histogram(layers: Mapping[str, Exponents], title: str = "") -> Figu
     names = _short(layers, 34 if across <= 3 else 30)
     for index, (axes, name, layer) in enumerate(zip(grid.flat, names, layers.values(), strict=False)):
         frozen, free = (_shares(part, columns, layer.total) for part in (layer.frozen, layer.free))
-        if levels := layer.levels:
-            left = max(levels.start, columns.start)
-            axes.axvspan(left - 0.5, levels.stop - 0.5, color=_GREY, zorder=0, label="levels of the grid")
+        for k in layer.levels:
+            if k >= columns.start:
+                axes.axvspan(k - 0.5, k + 0.5, color=_GREY, linewidth=0, zorder=0, label="levels of the grid")
         axes.bar(places, frozen, 0.85, color=_BLUE, label="frozen")
         axes.bar(places, free, 0.85, frozen, color=_ORANGE, hatch="////", edgecolor="white", linewidth=0, label="free")
         axes.set_title(name, fontsize=9)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from inq_lightning._common import LazyExtra
 from inq_lightning.core.coverage import Coverage, group_names
 from inq_lightning.core.plan import Plan
+from inq_lightning.grid.levels import Levels
 from inq_lightning.report.inspection import Inspection
 from inq_lightning.report.run import Report
 
@@ -26,10 +27,11 @@ def plan_table(plan: Plan) -> Group:
     layers = tables.Table(title="Selected layers")
     zeros = any(layer.kept for layer in plan.layers)
     layers.add_column("layer", overflow="fold")
-    _numbers(layers, "shape", "bits", "weights", *(["zeros that stay"] if zeros else []))
+    _numbers(layers, "shape", "bits", "levels", "weights", *(["zeros that stay"] if zeros else []))
     for layer in plan.layers:
         kept = [f"{layer.kept:,}"] if zeros else []
-        layers.add_row(markup.escape(layer.name), _shape(layer.shape), str(layer.bits), f"{layer.numel:,}", *kept)
+        numbers = str(layer.bits), _levels(layer.levels), f"{layer.numel:,}", *kept
+        layers.add_row(markup.escape(layer.name), _shape(layer.shape), *numbers)
 
     phases = tables.Table(title="Phases")
     _numbers(phases, "phase", f"begins at {plan.unit}", "portion", "weights frozen", "of them new", "fraction")
@@ -58,14 +60,17 @@ def inspection_table(inspection: Inspection) -> Group:
     snr = any(layer.snr_db is not None for layer in inspection.layers)
     layers = tables.Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     layers.add_column("layer", overflow="fold")
-    _numbers(layers, "shape", "bits", *(["frozen"] if partial else []), "zeros", "n2")
+    levels = [getattr(layer.grid, "family", "") for layer in inspection.layers]
+    other = any(one not in ("", "paper") for one in levels)
+    _numbers(layers, "shape", "bits", *(["levels"] if other else []), *(["frozen"] if partial else []), "zeros", "n2")
     layers.add_column("shares", no_wrap=True)
     _numbers(layers, "n1", *(["SNR/dB"] if snr else []), "before/B", "after/B")
-    for layer in inspection.layers:
+    for layer, family in zip(inspection.layers, levels, strict=True):
         layers.add_row(
             markup.escape(layer.name),
             _shape(layer.shape),
             _text(layer.bits),
+            *([_levels(family)] if other else []),
             *([f"{layer.frozen / max(1, layer.numel):.1%}"] if partial else []),
             _text(layer.zeros, ".1%"),
             _text(layer.n2),
@@ -132,6 +137,13 @@ def _numbers(table: Table, *columns: str) -> None:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape))
+
+
+def _levels(levels: Levels | str) -> str:
+    """Their name, or of one's own all of them in units of the smallest."""
+    if isinstance(levels, str):
+        return levels
+    return ", ".join([*(["0"] if levels.zero else []), *(f"±{1 << k}" for k in levels.exponents)])
 
 
 def _text(value: float | None, form: str = "") -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bisect
+import warnings
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,10 @@ from inq_lightning import (
     Levels,
     Options,
     Quantizer,
+    export_onnx,
+    inspect_file,
     load_packed,
+    read_onnx,
     save_packed,
     select_parameters,
     to_packed,
@@ -117,12 +122,22 @@ def test_a_run_ends_on_them_resumes_bit_identical_and_leaves_as_a_file(levels: A
         )
 
 
-def test_two_bits_by_default_are_one_and_four_and_pack() -> None:
+def test_two_bits_by_default_are_one_and_four_on_every_way_out(tmp_path: Path) -> None:
     module, callback = TinyModule(), INQCallback(2, SCHEDULE)
     trainer(callback).fit(module)
     assert all(layer.grid == PowerOfTwoGrid(layer.n1, 2, family="dense") for layer in callback.layers)
-    packed = to_packed(module, layers=callback.layers)
-    assert same_bits(packed.get_submodule("net.0").weight, module.net[0].weight)  # type: ignore[arg-type]
+    for packed in (to_packed(module, layers=callback.layers), to_packed(module)):
+        assert same_bits(packed.get_submodule("net.0").weight, module.net[0].weight)  # type: ignore[arg-type]
+    save_packed(module, tmp_path / "net.safetensors", layers=callback.layers)
+    assert [layer.bits for layer in inspect_file(tmp_path / "net.safetensors").layers] == [2] * len(callback.layers)
+    assert_same_state(load_packed(tmp_path / "net.safetensors", TinyModule(seed=1)), module)
+    net, names = module.net, {layer.name: layer.name.removeprefix("net.") for layer in callback.layers}
+    layers = [replace(layer, name=names[layer.name]) for layer in callback.layers]
+    export_onnx(net, tmp_path / "net.onnx", torch.randn(2, 8), layers=layers)
+    contents = read_onnx(tmp_path / "net.onnx")
+    assert [layer.grid for layer in contents.layers or ()] == [layer.grid for layer in layers]
+    for layer in layers:
+        assert same_bits(contents.state_dict[layer.name], net.state_dict()[layer.name])
 
 
 @pytest.mark.parametrize(
@@ -185,6 +200,8 @@ def test_levels_that_a_layer_cannot_have_are_refused_by_its_name() -> None:
         select_parameters(padded(), 3, layer_levels={"none": "full"})
     with pytest.raises(ValueError, match=r"w: .*needs a zero"):
         FrozenWeight("w", torch.zeros(3), 2, levels="dense").freeze(1.0)
+    with pytest.raises(ValueError, match=r"w: levels='dense' have no zero to keep"):
+        FrozenWeight("w", torch.zeros(3), 2, levels="dense").keep_zeros()
 
 
 def test_the_last_matching_pattern_decides() -> None:
@@ -229,6 +246,59 @@ def test_a_checkpoint_of_before_there_were_levels_keeps_its_grids(tmp_path: Path
     resumed, after = TinyModule(), INQCallback(3, SCHEDULE)
     trainer(after).fit(resumed, ckpt_path=tmp_path / "old.ckpt")
     assert_same_state(resumed, module)
+
+
+def test_a_layer_that_is_trained_only_after_a_resume_has_the_levels_asked_for() -> None:
+    def begin(trained: bool, state: dict[str, Any] | None = None) -> tuple[nn.Module, Quantizer]:
+        net = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9)).requires_grad_(trained)
+        net[1].requires_grad_(True)
+        quantizer = Quantizer(Options(3, {2: 1.0}, layer_levels={"0": "paper"}))
+        if state is not None:
+            quantizer.load_state_dict(state)
+        quantizer.attach(net)
+        quantizer.begin(net, Length(epochs=4), lambda unit: 0)
+        return net, quantizer
+
+    _, before = begin(trained=True)
+    net, resumed = begin(trained=False, state=before.state_dict())
+    net.requires_grad_(True)
+    resumed.attach(net)
+    resumed.advance(net, 2)
+    assert {layer.name: layer.grid.family for layer in resumed.layers} == {  # type: ignore[union-attr]
+        "0.weight": "paper",
+        "1.weight": "dense",
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ["full", "dense", "full"]),
+        ({"levels": "paper", "layer_levels": {"2": Levels(False, (0, 3))}}, ["paper", "paper", Levels(False, (0, 3))]),
+        ({"underflow": "truncate"}, ["full", "full", "full"]),
+        ({"keep_zeros": True}, ["full", "full", "full"]),
+    ],
+    ids=str,
+)
+def test_the_plan_tells_the_levels_that_freezing_takes(options: dict[str, Any], expected: list[Any]) -> None:
+    net = nn.Sequential(nn.Embedding(6, 4, padding_idx=0), nn.Linear(4, 5), nn.Linear(5, 4))
+    with torch.no_grad():
+        net[2].weight[0] = 0.0
+    quantizer = Quantizer(Options(3, {0: 1.0}, embeddings=True, **options))
+    plan = quantizer.plan(net)
+    assert [layer.levels for layer in plan.layers] == expected
+    quantizer.attach(net)
+    quantizer.begin(net, Length(epochs=4), lambda unit: 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the zeros that levels of one's own do away with
+        quantizer.advance(net, 0)
+    assert [layer.grid.family for layer in quantizer.layers] == expected  # type: ignore[union-attr]
+
+
+def test_a_network_without_memory_can_be_planned() -> None:
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(4, 4))
+    assert [layer.levels for layer in Quantizer(Options(2)).plan(net).layers] == ["dense"]
 
 
 def test_options_are_plain_values_that_make_the_same_options() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from inq_lightning import Options, Quantizer
 from inq_lightning.core import sharding
 from inq_lightning.core.frozen import FrozenWeight
 from inq_lightning.core.partition import scores, select
@@ -179,11 +180,15 @@ def whole_tensors(dtype: torch.dtype) -> list[tuple[str, Tensor]]:
 
 
 def check_on_mesh(
-    mesh: DeviceMesh, placements: tuple[object, ...], partition: str = "magnitude", dtype: torch.dtype = torch.float32
+    mesh: DeviceMesh,
+    placements: tuple[object, ...],
+    partition: str = "magnitude",
+    dtype: torch.dtype = torch.float32,
+    bits: int = 4,
 ) -> None:
     for name, whole in whole_tensors(dtype):
-        plain = FrozenWeight(name, whole.clone(), bits=4)
-        spread = FrozenWeight(name, distribute_tensor(whole.clone(), mesh, placements, src_data_rank=None), bits=4)
+        plain = FrozenWeight(name, whole.clone(), bits)
+        spread = FrozenWeight(name, distribute_tensor(whole.clone(), mesh, placements, src_data_rank=None), bits)
         for portion in PORTIONS:
             where = (name, placements, partition, dtype, portion)
             rounding, single = spread.freeze(portion, partition, 1), plain.freeze(portion, partition, 1)
@@ -209,7 +214,7 @@ def check_on_mesh(
             assert torch.equal(state.pop("mask"), expected_state["mask"]), where
             assert state == {k: v for k, v in expected_state.items() if k != "mask"}, where
             again = distribute_tensor(plain.parameter.clone(), mesh, placements, src_data_rank=None)
-            reloaded = FrozenWeight(name, again, bits=4)
+            reloaded = FrozenWeight(name, again, bits)
             reloaded.load_state_dict(expected_state)
             assert (reloaded.grid, reloaded.frozen) == (plain.grid, plain.frozen), where
             sharding.local(again).fill_(9.0)
@@ -244,6 +249,15 @@ def check_gradients_and_errors(mesh: DeviceMesh) -> None:
         select(sharding.local(parameter).abs(), sharding.local_part(free, parameter), 2, like=parameter)
 
 
+def check_plan(mesh: DeviceMesh) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(3, 7), torch.nn.Linear(7, 3))
+    for layer, zeros in zip(net, (0, 1), strict=True):
+        whole = layer.weight.detach().clone()
+        whole[:zeros] = 0
+        layer.weight = torch.nn.Parameter(distribute_tensor(whole, mesh, (Shard(0),), src_data_rank=None))
+    assert [layer.levels for layer in Quantizer(Options(3)).plan(net).layers] == ["dense", "full"]
+
+
 def check_on_meshes() -> None:
     distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank = distributed.get_rank()
@@ -255,10 +269,12 @@ def check_on_meshes() -> None:
         check_on_mesh(three, (Shard(0),))
         check_on_mesh(three, (Shard(0),), "random")
         check_on_mesh(three, (Shard(0),), dtype=torch.bfloat16)
+        check_on_mesh(three, (Shard(0),), bits=2)  # without a zero, unless there are zeros in some piece
         check_on_mesh(three, (Shard(1),))
         check_on_mesh(three, (Shard(1),), "random")
         check_on_mesh(three, (Replicate(),))
         check_gradients_and_errors(three)
+        check_plan(three)
     check_on_mesh(square, (Replicate(), Shard(0)))
     check_on_mesh(square, (Shard(0), Shard(1)))
     distributed.barrier()

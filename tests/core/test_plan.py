@@ -17,7 +17,7 @@ from support import SCHEDULE, TinyModule, trainer
 from torch import nn
 from torch.nn.utils import prune
 
-from inq_lightning import PRESETS, FrozenWeight, INQCallback, Schedule, select_parameters
+from inq_lightning import PRESETS, FrozenWeight, INQCallback, Levels, Schedule, select_parameters
 from inq_lightning.core.plan import Plan
 from inq_lightning.recipes.plan import make_plan
 from inq_lightning.report.run import Report
@@ -183,6 +183,14 @@ def test_the_table_tells_layers_phases_and_sizes() -> None:
     ):
         assert cell in shown
     assert "zeros that stay" not in shown
+
+
+def test_the_table_tells_which_levels_each_layer_will_have() -> None:
+    own = Levels(True, (0, 2, 3))
+    shown = text(INQCallback(3, SCHEDULE, layer_levels={"net.3": own}).plan(TinyModule()))
+    assert "levels" in shown
+    for name, levels in (("net.0", "dense"), ("net.3", "0, ±1, ±4, ±8")):
+        assert any(f"{name}.weight" in line and levels in line for line in shown.splitlines())
 
 
 # ---- inq-plan --------------------------------------------------------------------------------------------------------

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir, initialize_config_module
-from hydra.errors import ConfigCompositionException
+from hydra.errors import ConfigCompositionException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 
 import inq_lightning.conf
-from inq_lightning import PRESETS, INQCallback
+from inq_lightning import PRESETS, INQCallback, Levels
 from inq_lightning.core.schedule import Schedule, default_preset
 from inq_lightning.recipes.classifier import Classifier, ClassifierConfig
 from inq_lightning.recipes.config import (
@@ -200,6 +200,19 @@ def test_layers_are_chosen_from_the_command_line() -> None:
     assert instantiate(as_hydra_asks_of_others.inq).options.layer_bits == {"conv": 8}
     with pytest.raises(ConfigCompositionException, match=r"inq\.layer_bits"):
         configure("inq.layer_bits={net.conv1:many}")
+
+
+def test_levels_are_chosen_from_the_command_line() -> None:
+    for value, expected in (
+        ("dense", "dense"),
+        ("{zero: false, exponents: [0, 2]}", Levels(zero=False, exponents=(0, 2))),
+    ):
+        assert instantiate(configure("inq.bits=2", f"inq.levels={value}").inq).options.levels == expected
+        for plus in ("", "+"):
+            overrides = [f"{plus}inq.layer_levels={{net.fc: {value}}}"]
+            assert instantiate(configure(*overrides).inq).options.layer_levels == {"net.fc": expected}
+    with pytest.raises(InstantiationException, match="levels: must be one of 'auto', 'paper', 'full', 'dense'"):
+        instantiate(configure("inq.levels=finest").inq)
 
 
 def test_another_application_can_use_the_groups(tmp_path: Path) -> None:

@@ -36,10 +36,24 @@ def test_the_package_itself_imports_nothing_before_a_name_is_used() -> None:
 
 
 def test_dir_shows_every_public_name_and_each_can_be_imported() -> None:
-    assert set(inq_lightning.__all__) <= set(dir(inq_lightning))
-    for name in inq_lightning.__all__:
+    names = [name for name in dir(inq_lightning) if not name.startswith("__")]
+    assert {*inq_lightning.__all__, "INQTrainerCallback"} == set(names)
+    for name in names:
         if name != "INQTrainerCallback" or find_spec("transformers"):
             assert getattr(inq_lightning, name) is not None
+
+
+def test_a_star_imports_all_that_needs_no_extra() -> None:
+    extras = ("transformers", "onnx", "onnxruntime", "torchao", "hydra", "rich")
+    run(
+        f"import sys; sys.modules.update(dict.fromkeys({extras}))\n"
+        "from inq_lightning import *\n"
+        "import inq_lightning\n"
+        "assert set(inq_lightning.__all__) <= set(globals())\n"
+        "try: inq_lightning.INQTrainerCallback\n"
+        "except ImportError as error: assert 'huggingface' in str(error)\n"
+        "else: raise AssertionError"
+    )
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from support import SCHEDULE, TinyModule, record, trainer
 from torch import Tensor, nn
 
-from inq_lightning import INQCallback, PowerOfTwoGrid, Schedule, select_parameters
+from inq_lightning import INQCallback, Levels, PowerOfTwoGrid, Schedule, select_parameters
 from inq_lightning.cli.inspect import main
 from inq_lightning.core.layer import Layer
 from inq_lightning.formats.accelerator import NUMBER_FORMATS, save_accelerator
@@ -449,6 +449,23 @@ def test_the_table_has_frozen_shares_and_noise_only_where_they_tell_something(
     shown = capsys.readouterr().out.split()
     assert {"frozen", "SNR/dB", "75.0%"} <= set(shown)
     assert "phase 2 of 4" in " ".join(shown)
+
+
+def test_the_table_tells_levels_where_they_are_not_the_papers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers, net = [], nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    for name, family in (("0", "dense"), ("1", "paper"), ("2", Levels(False, (0, 3)))):
+        grid = PowerOfTwoGrid(0, 2, family=family)
+        with torch.no_grad():
+            net[int(name)].weight.copy_(grid.quantize(net[int(name)].weight))
+        layers.append(Layer(f"{name}.weight", (4, 4), 2, grid, 16))
+    save_packed(net, tmp_path / "net.safetensors", layers=layers)
+    main([str(tmp_path / "net.safetensors")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:4] == ["layer", "shape", "bits", "levels"]
+    for line, levels in zip(lines[1:4], ("dense", "paper", "±1, ±8"), strict=True):
+        assert f" {levels} " in line
 
 
 def test_the_plot_is_written_whole(files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,10 +57,12 @@ def test_frozen_and_free_weights_count_apart_and_what_is_not_finite_does_not() -
     mask = torch.tensor([True, True, False, False, True, False, False])
     counted = count_exponents(weight, mask, PowerOfTwoGrid(-1))
     assert counted == Exponents({None: 1, -1: 1, -2: 1}, {-1: 1, 0: 1}, PowerOfTwoGrid(-1))
-    assert counted.levels == range(-8, 0)
+    assert counted.levels == list(range(-8, 0))
     assert counted.total == 5
     assert counted.share(-1) == 0.4
     assert counted.share(None) == 0.2
+    assert Exponents(grid=PowerOfTwoGrid(-1, 2, family="dense")).levels == [-3, -1]
+    assert Exponents(grid=PowerOfTwoGrid(None)).levels == Exponents().levels == []
 
 
 @pytest.mark.parametrize(

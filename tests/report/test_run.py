@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from inq_lightning import INQCallback
+from inq_lightning import INQCallback, PowerOfTwoGrid
 from inq_lightning.core.coverage import Coverage, LeftOut
 from inq_lightning.core.layer import Layer
 from inq_lightning.report.run import Report
@@ -95,6 +96,16 @@ def test_the_numbers_are_those_computed_by_hand(tmp_path: Path) -> None:
         bits_per_weight=bits / 24,
         seconds=3.0,
     )
+
+
+def test_as_many_levels_are_allowed_as_the_grid_has(tmp_path: Path) -> None:
+    module, layers = quantized(tmp_path)
+    dense = PowerOfTwoGrid(0, 3, family="dense")
+    with torch.no_grad():
+        module.first.weight.copy_(dense.levels.repeat(2)[:12].view(3, 4))
+    layers[0] = replace(layers[0], grid=dense, bits=3)
+    report = Report.of(module, layers, {}, {}, 3.0)
+    assert (report.levels_used, report.levels_allowed) == (8, 8)
 
 
 def test_the_metrics_are_copies(tmp_path: Path) -> None:
