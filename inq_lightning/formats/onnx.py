@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from inq_lightning.formats.contents import Contents
 from inq_lightning.formats.graph import OPSET, Array, Weight, as_examples, initializer, is_linear, trace
 from inq_lightning.formats.layers import find_grids
 from inq_lightning.grid import Grid, from_spec
-from inq_lightning.grid.base import largest_multiple, span, table_order
+from inq_lightning.grid.base import largest_multiple, table_order
 
 SessionMode = Literal["exact", "low-memory", "fast"]
 Activations = Literal["float", "int8"]
@@ -36,13 +36,23 @@ METADATA_KEY = "inq_lightning"
 # Bits of a type → the types that DequantizeLinear takes, and that of the codes where none of these holds the multiples
 # and a table has the levels.
 DEQUANTIZED = {2: ["INT2"], 4: ["INT4"], 8: ["FLOAT8E4M3FN", "FLOAT8E5M2"]}
-LOOKED_UP = {4: "UINT4", 8: "UINT8"}
+LOOKED_UP = {2: "UINT2", 4: "UINT4", 8: "UINT8"}
 # Exponent of the largest power of two that is used of a floating-point type. The magnitudes of 5 to 7 bits are its
 # powers of two, down to its subnormal numbers.
 _HIGHEST = {"FLOAT8E4M3FN": 8, "FLOAT8E5M2": 15}
 
-# Bits → those of the integers that MatMulNBits multiplies, its fastest block of them, and the largest multiple.
-_PLANES = {2: (2, 128, 1), 3: (4, 256, 7), 4: (8, 128, 127), 5: (4, 256, 128)}
+
+class _Plane(NamedTuple):
+    """Integers that MatMulNBits multiplies: their bits, the fastest block of them, the largest multiple they hold."""
+
+    bits: int
+    block: int
+    largest: int
+
+
+# The last one twice: ±128 is 17·high + low, with low from -6 to 9 and high from -8 to 7.
+_TWICE = _Plane(4, 256, 128)
+_PLANES = (_Plane(2, 128, 1), _Plane(4, 256, 7), _Plane(8, 128, 127), _TWICE)
 _INT8_ACTIVATIONS = 4  # its accuracy_level
 
 ir, onnx, ort = (LazyExtra(module, "export") for module in ("onnx_ir", "onnx", "onnxruntime"))
@@ -201,10 +211,9 @@ def _decode(graph: Any, weight: Weight) -> None:
         scale = initializer(graph, f"{value.name}.scale", weight.scale(_unit(grid, dtype)))
         nodes = [ir.node("DequantizeLinear", [stored, scale], {"axis": weight.axis}, outputs=[value])]
     else:
-        places = span(grid.codes)
-        dtype = next(LOOKED_UP[bits] for bits in LOOKED_UP if 1 << bits >= len(places))
-        stored = initializer(graph, f"{value.name}.codes", codes.astype(int) - places.start, dtype)
-        table = np.ldexp(grid.multiples(torch.tensor(places)).numpy(), grid.step)
+        dtype = next(LOOKED_UP[bits] for bits in LOOKED_UP if 1 << bits >= len(grid.codes))
+        stored = initializer(graph, f"{value.name}.codes", np.searchsorted(grid.codes, codes), dtype)
+        table = np.ldexp(grid.multiples(torch.tensor(grid.codes)).numpy(), grid.step)
         levels = initializer(graph, f"{value.name}.levels", table, "FLOAT")
         index = ir.node("Cast", [stored], {"to": ir.DataType.INT32})
         if weight.factors.ndim:
@@ -237,22 +246,19 @@ def _unit(grid: Grid, dtype: str) -> int:
 def _multiply_codes(graph: Any, weight: Weight) -> None:
     """Let linear layers multiply by a weight's codes; other users of it stay."""
     value = weight.value
-    if weight.codes.ndim != 2 or weight.grid.bits not in _PLANES:
-        return
-    bits, block, most = _PLANES[weight.grid.bits]
-    if largest_multiple(weight.grid) > most:
+    plane = _plane_that_holds(weight.grid)
+    if weight.codes.ndim != 2 or plane is None:
         return
     products = [node for node in value.consumers() if is_linear(node) and node.inputs[1] is value]
     transposes = [node for node in value.consumers() if node.op_type == "Transpose"]
     for transposed in (node.outputs[0] for node in transposes):  # for inputs of more than two dimensions
         products += [n for n in transposed.consumers() if n.op_type == "MatMul" and n.inputs[1] is transposed]
-    planes = _planes(graph, weight) if products else []
+    inputs = _planes(graph, weight, plane) if products else []
     outputs, columns = weight.codes.shape
-    attributes = {"N": outputs, "K": columns, "bits": bits, "block_size": block, "accuracy_level": _INT8_ACTIVATIONS}
+    attributes = {"N": outputs, "K": columns, "bits": plane.bits, "block_size": plane.block}
+    attributes["accuracy_level"] = _INT8_ACTIVATIONS
     for product in products:
-        nodes = [
-            ir.node("MatMulNBits", [product.inputs[0], *plane], attributes, domain="com.microsoft") for plane in planes
-        ]
+        nodes = [ir.node("MatMulNBits", [product.inputs[0], *i], attributes, domain="com.microsoft") for i in inputs]
         terms = [node.outputs[0] for node in nodes] + [bias for bias in product.inputs[2:] if bias is not None]
         while len(terms) > 1:
             nodes.append(ir.node("Add", [terms.pop(), terms.pop()]))
@@ -263,21 +269,26 @@ def _multiply_codes(graph: Any, weight: Weight) -> None:
         graph.opset_imports["com.microsoft"] = 1
 
 
-def _planes(graph: Any, weight: Weight) -> list[list[Any]]:
+def _plane_that_holds(grid: Grid) -> _Plane | None:
+    """The narrowest integers that hold a grid's multiples; None where none does."""
+    return next((plane for plane in _PLANES if largest_multiple(grid) <= plane.largest), None)
+
+
+def _planes(graph: Any, weight: Weight, plane: _Plane) -> list[list[Any]]:
     """Inputs of the MatMulNBits whose sum is the product with a weight: integers, scales, zero points."""
     name, (outputs, columns) = weight.value.name, weight.codes.shape
-    bits, block, _ = _PLANES[weight.grid.bits]
+    bits, block, _ = plane
     blocks = -(-columns // block)
     integers = np.zeros((outputs, blocks * block), np.int64)
     integers[:, :columns] = weight.multiples
-    if weight.grid.bits == 5:  # ±128 fits no plane: 17·high + low, with low from -6 to 9 and high from -8 to 7
+    if plane is _TWICE:
         low = (integers + 6) % 17 - 6
         planes = [(low, 1, 6), ((integers - low) // 17, 17, 8)]
     else:
         planes = [(integers, 1, 1 << bits - 1)]
     inputs = []
-    for i, (plane, unit, zero_point) in enumerate(planes):
-        parts = (plane + zero_point).reshape(outputs, blocks, -1, 8 // bits) << np.arange(0, 8, bits)
+    for i, (digits, unit, zero_point) in enumerate(planes):
+        parts = (digits + zero_point).reshape(outputs, blocks, -1, 8 // bits) << np.arange(0, 8, bits)
         scale = np.broadcast_to((weight.scale() * np.float32(unit))[..., None], (outputs, blocks))
         zero_points = np.full((outputs, -(-blocks * bits // 8)), zero_point * (255 // ((1 << bits) - 1)))
         inputs.append(

@@ -44,7 +44,7 @@ def test_dir_shows_every_public_name_and_each_can_be_imported() -> None:
 
 
 def test_a_star_imports_all_that_needs_no_extra() -> None:
-    extras = ("transformers", "onnx", "onnxruntime", "torchao", "hydra", "rich")
+    extras = ("transformers", "onnx", "onnxruntime", "torchao", "hydra")
     run(
         f"import sys; sys.modules.update(dict.fromkeys({extras}))\n"
         "from inq_lightning import *\n"

@@ -131,6 +131,8 @@ def assert_refused(path: Path, callback: INQCallback, *messages: str, **options:
         ({"partition": "random"}, ["partition: 'magnitude' in the checkpoint, 'random' here"]),
         ({"partition": "random", "seed": 5}, ["partition: ", "seed: 0 in the checkpoint, 5 here"]),
         ({"exponent": "mse"}, ["exponent: 'auto' in the checkpoint, 'mse' here"]),
+        ({"levels": "full"}, ["levels: 'auto' in the checkpoint, 'full' here"]),
+        ({"layer_levels": {"net.3": "dense"}}, ["layer_levels: None in the checkpoint, {'net.3': 'dense'} here"]),
         ({"include": ["net.*"]}, ["include: None in the checkpoint, ['net.*'] here"]),
         ({"embeddings": True}, ["embeddings: False in the checkpoint, True here"]),
         ({"keep_zeros": True}, ["keep_zeros: False in the checkpoint, True here"]),

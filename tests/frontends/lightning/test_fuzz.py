@@ -110,6 +110,8 @@ def configs(draw: st.DrawFn) -> Config:
     elif kind.startswith("open"):
         schedule = Schedule(portions, unit=unit)
     keep_zeros = draw(st.booleans())
+    underflow = draw(st.sampled_from(["nearest", "truncate"]))
+    dense = ["dense"] if bits <= 6 and not keep_zeros and underflow == "nearest" else []
     return Config(
         network=network,
         width=draw(st.integers(1, 8)),
@@ -129,9 +131,11 @@ def configs(draw: st.DrawFn) -> Config:
         arguments={
             "bits": bits,
             "partition": draw(st.sampled_from(["magnitude", "random"])),
-            "underflow": draw(st.sampled_from(["nearest", "truncate"])),
+            "underflow": underflow,
             "exponent": draw(st.sampled_from(["max", "mse"])),
             "layer_bits": draw(st.sampled_from([None, {"first*": 3, "last": 8}])),
+            "levels": draw(st.sampled_from(["auto", "paper", "full", *dense])),
+            "layer_levels": {"first*": "auto", "last": "auto"},  # some have 8 bits, more than dense can have
             "embeddings": True,
             "keep_zeros": keep_zeros,
             "restart_lr": draw(st.booleans()),
