@@ -28,7 +28,7 @@ class Report:
         quantized_fraction: Share of the selected weights that are frozen.
         bits: Code lengths in use, ascending.
         levels_used: The largest number of different values in any quantized tensor.
-        levels_allowed: How many its bit width allows.
+        levels_allowed: How many its grid has.
         bytes_before: Size of all parameters as they are in memory.
         bytes_after: The same with every quantized parameter at its bits a weight.
         bits_per_weight: ``bytes_after`` as bits, over all parameters' weights.
@@ -71,8 +71,9 @@ class Report:
         """
         layers = list(layers)
         widths = {layer.name: layer.bits for layer in layers}
+        allowed_in = {layer.name: 1 if layer.grid is None else len(layer.grid.codes) for layer in layers}
         levels = [
-            (torch.unique(parameter.detach()).numel(), (1 << (widths[name] - 1)) + 1)
+            (torch.unique(parameter.detach()).numel(), allowed_in[name])
             for listed, parameter in module.named_parameters()
             if (name := plain_name(listed)) in widths
         ]
