@@ -63,7 +63,12 @@ def test_a_trained_network_becomes_an_artifact_of_its_levels(trained: Path, tmp_
 
 def test_patterns_and_levels_reach_the_layers(trained: Path, tmp_path: Path) -> None:
     report = run(
-        f"ckpt={trained}", "inq.bits=3", "images=64", "inq.levels=paper", "inq.exclude=[net.features.0]", folder=tmp_path
+        f"ckpt={trained}",
+        "inq.bits=3",
+        "images=64",
+        "inq.levels=paper",
+        "inq.exclude=[net.features.0]",
+        folder=tmp_path,
     )
     assert report["levels_allowed"] == 5
     assert [one["name"] for one in report["coverage"]["left_out"]] == ["net.features.0.weight"]
