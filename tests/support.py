@@ -139,7 +139,7 @@ def assert_quantized(module: LightningModule, callback: INQCallback) -> None:
     for layer in callback.layers:
         assert layer.frozen == layer.numel
         w = weights(module, callback)[layer.name]
-        grid = layer.grid or PowerOfTwoGrid(None, layer.bits)  # none where zeros were kept, and nothing else was there
+        grid = layer.grid or PowerOfTwoGrid(None, layer.bits)  # without one, all was zero
         assert grid.bits == layer.bits
         assert set(w.double().unique().tolist()) <= set(grid.levels.tolist()), layer.name
 

@@ -15,10 +15,11 @@ from inq_lightning.closed_form.feeding import Call, read_batches
 from inq_lightning.closed_form.norms import Channels, Norm, refit
 from inq_lightning.closed_form.solve import Moments, approach, damped, target
 from inq_lightning.closed_form.watch import Capture, Enough, Trace, Use
+from inq_lightning.core.frozen import fit_levels
 from inq_lightning.core.layer import Layer, computed_tensors, plain_name
 from inq_lightning.core.selection import Selected, select_parameters
 from inq_lightning.grid import Grid, PowerOfTwoGrid
-from inq_lightning.grid.levels import LevelsLike
+from inq_lightning.grid.levels import LevelsOption
 
 COLUMNS = 4608  # inputs of a layer that are solved for at once; 170 MB of moments in float64
 
@@ -57,7 +58,8 @@ def quantize(
     batches: Iterable[Any],
     bits: int = 3,
     *,
-    levels: LevelsLike = "dense",
+    levels: LevelsOption = "auto",
+    layer_levels: Mapping[str, LevelsOption] | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
     layer_bits: Mapping[str, int] | None = None,
@@ -82,8 +84,8 @@ def quantize(
             tuple or list, its first arguments, as many as have no default, so that the labels of a pair (x, y) do
             not matter; a mapping, its arguments by name, or its argument where no name fits. They are kept in memory.
         bits: Code length of one weight, 2 to 8.
-        levels: Which powers of two, see :func:`~inq_lightning.grid.levels.levels_of`. A weight of nothing but zeros
-            stays zero.
+        levels: Which powers of two, see :class:`~inq_lightning.Options`. A weight of nothing but zeros stays zero.
+        layer_levels: Levels for what matches a pattern, for instance ``{"net.fc": "full"}``.
         include: Quantize only parameters that match one of these patterns, see
             :func:`~inq_lightning.select_parameters`.
         exclude: Leave out parameters that match one of these patterns.
@@ -105,11 +107,13 @@ def quantize(
         include=include,
         exclude=exclude,
         layer_bits=layer_bits,
+        levels=levels,
+        layer_levels=layer_levels,
         embeddings=embeddings,
         trainable_only=False,
     )
     with _undisturbed():
-        return _Walk(model, selected, read_batches(model, batches), levels).run(progress or (lambda *step: None))
+        return _Walk(model, selected, read_batches(model, batches)).run(progress or (lambda *step: None))
 
 
 @contextmanager
@@ -125,11 +129,11 @@ def _undisturbed() -> Iterator[None]:
 class _Walk:
     """The full-precision network, and the copy of it that is quantized step by step."""
 
-    def __init__(self, model: nn.Module, selected: Sequence[Selected], calls: list[Call], levels: LevelsLike) -> None:
+    def __init__(self, model: nn.Module, selected: Sequence[Selected], calls: list[Call]) -> None:
         self.model = model
         self.calls = calls
-        self.levels = levels
         self.bits = {one.name: one.bits for one in selected}
+        self.levels = {one.name: one.levels for one in selected}
         # Its own buffers and modules, which a forward pass may change, but the model's parameters.
         self.wanted = copy.deepcopy(model, {id(p): p for p in model.parameters()} | computed_tensors(model)).eval()
         self.copy = copy.deepcopy(model, computed_tensors(model)).eval()
@@ -253,7 +257,8 @@ class _Walk:
         bits, weight = self.bits[name], weight.to(self.tensors[name].dtype)
         if not bool(weight.any()):
             return PowerOfTwoGrid(None, bits)  # of any levels, zero is the only one that stands for it
-        return PowerOfTwoGrid.from_weights(weight, bits, exponent="mse", family=self.levels)
+        family = fit_levels(self.tensors[name], bits, self.levels[name])
+        return PowerOfTwoGrid.from_weights(weight, bits, exponent="mse", family=family)
 
     def _change(self, name: str, value: Tensor) -> None:
         self.tensors[name].copy_(value)

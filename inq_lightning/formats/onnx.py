@@ -99,8 +99,9 @@ def export_onnx(
             a tuple or dict become part of the graph.
         layers: `INQCallback.layers`; left out, the weights tell which grids they are on.
         allow_partial: Whether to keep parameters that are not on a grid in float32, rather than refuse the network.
-        activations: ``"int8"`` makes linear layers of at most 5 bits MatMulNBits, an operator of ONNX Runtime alone,
-            with inputs rounded to 8 bits: faster at batch 1, with outputs that are off by about a percent.
+        activations: ``"int8"`` makes linear layers whose largest level is at most 128 times the smallest (up to 5 bits,
+            by default) MatMulNBits, an operator of ONNX Runtime alone, with inputs rounded to 8 bits: faster at batch
+            1, with outputs that are off by about a percent.
             ``"float"`` leaves inputs as they are.
         fixed_batch: Whether the file takes batches of the example's size only, for networks that torch cannot trace
             with a dynamic one; inputs may then have any shape.

@@ -184,6 +184,17 @@ class TrainConfig:
     output_dir: str = MISSING
 
 
+@dataclass
+class QuantizeConfig(TrainConfig):
+    """What `inq-quantize` reads besides.
+
+    Attributes:
+        images: How many training images it may look at; labels do not matter.
+    """
+
+    images: int = 512
+
+
 def register_training() -> None:
     """Register the rest of `inq-train`'s configs.
 
@@ -195,6 +206,7 @@ def register_training() -> None:
 
     _register(
         ("", "base_train", TrainConfig),
+        ("", "base_quantize", QuantizeConfig),
         ("model", "base", classifier.ClassifierConfig),
         ("data", "base_digits", data.DigitsConfig),
         ("data", "base_npz", data.NpzConfig),

@@ -71,11 +71,11 @@ class Report:
         """
         layers = list(layers)
         widths = {layer.name: layer.bits for layer in layers}
-        grids = {layer.name: layer.grid for layer in layers}
+        allowed_in = {layer.name: 1 if layer.grid is None else len(layer.grid.codes) for layer in layers}
         levels = [
-            (torch.unique(parameter.detach()).numel(), len(grid.codes))
-            for name, parameter in module.named_parameters()
-            if (grid := grids.get(plain_name(name))) is not None
+            (torch.unique(parameter.detach()).numel(), allowed_in[name])
+            for listed, parameter in module.named_parameters()
+            if (name := plain_name(listed)) in widths
         ]
         used, allowed = max(levels, default=(0, 0))
         size = size_of(module, widths)

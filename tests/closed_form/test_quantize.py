@@ -367,7 +367,7 @@ def test_options_select_as_they_do_in_training() -> None:
         quantize(made(Cnn), images(), include=["nothing"])
     with pytest.raises(ValueError, match="bits must be"):
         quantize(made(Cnn), images(), 9)
-    with pytest.raises(ValueError, match="levels must be one of"):
+    with pytest.raises(ValueError, match="levels: must be one of"):
         quantize(made(Cnn), images(), levels="none")  # type: ignore[arg-type]
 
 

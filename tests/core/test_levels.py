@@ -219,15 +219,15 @@ def freeze(net: nn.Module, **options: Any) -> None:
 
 
 def test_zeros_that_named_levels_do_away_with_are_warned_of(recwarn: pytest.WarningsRecorder) -> None:
-    net = nn.Sequential(nn.Linear(10, 10))
-    with torch.no_grad():
-        net[0].weight[0] = 0.0
-    freeze(net)
+    def net() -> nn.Module:
+        linear = nn.Linear(10, 10)
+        nn.init.zeros_(linear.weight[0])
+        return nn.Sequential(linear)
+
+    freeze(net())
     assert not len(recwarn)
-    with torch.no_grad():
-        net[0].weight[0] = 0.0
     with pytest.warns(UserWarning, match=r"exactly zero[\s\S]*0\.weight: 10\.0%[\s\S]*levels=\"auto\""):
-        freeze(net, levels="dense")
+        freeze(net(), levels="dense")
 
 
 def test_a_checkpoint_of_before_there_were_levels_keeps_its_grids(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from support import same_bits
@@ -70,6 +71,21 @@ def test_an_onnx_file_computes_the_same_and_gives_every_weight_back(levels: str,
     contents = read_onnx(path)
     for layer in layers:
         assert torch.equal(contents.state_dict[layer.name], net.get_parameter(layer.name))
+    types = {tensor.name: tensor.data_type for tensor in onnx.load(path).graph.initializer}
+    stored = {onnx.TensorProto.DataType.Name(types[f"{layer.name}.codes"]) for layer in layers}
+    assert stored <= {2: {"UINT2"}, 3: {"UINT4", "INT4"}, 4: {"UINT4"}, 5: {"FLOAT8E4M3FN"}}[bits]
+
+
+@pytest.mark.parametrize(("levels", "bits"), LEVELS)
+def test_an_onnx_file_with_int8_activations_multiplies_the_multiples(levels: str, bits: int, tmp_path: Path) -> None:
+    net, layers = quantized(levels, bits)
+    path, x = tmp_path / "net.onnx", torch.randn(64, 1, 4, 4)
+    assert export_onnx(net, path, x, layers=layers, activations="int8") < 0.05
+    contents = read_onnx(path)
+    for layer in layers:
+        assert torch.equal(contents.state_dict[layer.name], net.get_parameter(layer.name))
+    small = levels_of(levels, bits).exponents[-1] <= 7  # type: ignore[arg-type]
+    assert any(node.op_type == "MatMulNBits" for node in onnx.load(path).graph.node) == small
 
 
 @pytest.mark.parametrize("target", ["mxfp4", "mxfp6", "fp8", "int8"])
