@@ -130,18 +130,33 @@ def test_a_layer_of_zeros_is_packed() -> None:
 @torch.no_grad()
 def test_a_large_linear_layer_stays_within_its_bounds(bits: int, batch: int) -> None:
     torch.manual_seed(bits)
-    layer = large(1000, 1500, bits)
+    assert_within_bounds(large(1000, 1500, bits), batch)
+
+
+@pytest.mark.parametrize(("levels", "bits"), [("dense", 2), ("dense", 3), ("full", 4), ("dense", 4)])
+@torch.no_grad()
+def test_a_large_linear_layer_on_other_levels_does_too(levels: LevelsName, bits: int) -> None:
+    torch.manual_seed(bits)
+    layer = nn.Linear(1000, 1500).eval()
+    weight = layer.weight.normal_(0, 0.02)
+    grid = PowerOfTwoGrid.from_weights(weight, bits, exponent="mse", family=levels)
+    weight.copy_(grid.quantize(weight))
+    for batch in (1, 20):
+        assert_within_bounds(layer, batch, [Layer("weight", (1500, 1000), bits, grid, weight.numel())])
+
+
+def assert_within_bounds(layer: nn.Module, batch: int, layers: list[Layer] | None = None) -> None:
     x = torch.randn(batch, 1000) * torch.logspace(-3, 3, batch)[:, None]
     exact = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
     rounding = exact.abs() * 2**-23 + 1e-9
     room = x.abs().sum(1, keepdim=True) * layer.weight.abs().max()  # which is 2^n1
-    packed = to_packed(layer)
+    packed = to_packed(layer, layers=layers)
     assert same_bits(packed.weight, layer.weight)
     error = (packed(x) - exact).abs()
     assert bool((error <= room * 2 * (256 + 1000 / 128) * 2**-24 + rounding).all())
     assert bool((error.amax(1) < 1e-6 * exact.abs().amax(1)).all())
     room = x.abs().amax(1, keepdim=True) * layer.weight.abs().sum(1)
-    error = (to_packed(layer, activations="int8")(x) - exact).abs()
+    error = (to_packed(layer, activations="int8", layers=layers)(x) - exact).abs()
     assert bool((error <= room / 254 * (1 + 1e-4) + rounding).all())
     assert bool((error.amax(1) < 0.02 * exact.abs().amax(1)).all())
 
