@@ -6,20 +6,21 @@ import torch
 from torch import Tensor
 
 from inq_lightning.grid.base import FLOATS, Grid
+from inq_lightning.grid.levels import Levels, LevelsName, levels_of
 from inq_lightning.grid.power_of_two import MAX_BITS, MIN_BITS, PowerOfTwoGrid, exponent_range
 
 _PART = 1 << 16  # weights at a time: intermediate results stay in the cache
 
 
 def fit_grid(weight: Tensor) -> PowerOfTwoGrid | None:
-    """Find the grid of fewest bits that holds every weight exactly.
+    """Find the grid of fewest bits that holds every weight exactly; of several, one of the paper's levels.
 
     Args:
         weight: Floating-point weights of any shape.
 
     Returns:
-        The grid, or None where a weight is neither zero nor a power of two, where they span too many exponents, for 8
-        bits or for a grid that their dtype holds, or where that has no grids, as float8.
+        The grid, with levels that have a name; None where a weight is neither zero nor a power of two, or where they
+        span too many exponents, for 8 bits or for a grid that their dtype holds, or where that has no grids, as float8.
     """
     if weight.dtype not in FLOATS:
         return None
@@ -29,12 +30,24 @@ def fit_grid(weight: Tensor) -> PowerOfTwoGrid | None:
         return PowerOfTwoGrid(None, MIN_BITS)
     if not bool((mantissa[nonzero].abs() == 0.5).all()):  # inf and nan have another mantissa
         return None
-    exponents = exponent[nonzero]
-    n1, n2 = int(exponents.max()) - 1, int(exponents.min()) - 1
-    bits = max(MIN_BITS, 2 + (n1 - n2).bit_length())
-    lowest, highest = exponent_range(weight.dtype)
-    n1 = max(n1, lowest - 1 + (1 << bits - 2))  # no level below what the dtype holds
-    return PowerOfTwoGrid(n1, bits) if bits <= MAX_BITS and lowest <= n2 and n1 <= highest else None
+    exponents = exponent[nonzero] - 1
+    least = int(exponents.min())
+    used = {least + k for k in torch.bincount(exponents - least).nonzero().flatten().tolist()}
+    families: tuple[LevelsName, ...] = ("paper", "full", "dense") if bool(nonzero.all()) else ("paper", "full")
+    for bits in range(MIN_BITS, MAX_BITS + 1):
+        for name in families if bits < MAX_BITS else families[:1]:
+            if grid := _placed(levels_of(name, bits), used, bits, *exponent_range(weight.dtype)):
+                return grid
+    return None
+
+
+def _placed(family: Levels, used: set[int], bits: int, lowest: int, highest: int) -> PowerOfTwoGrid | None:
+    """The lowest grid of some levels that has all these exponents, and none that the dtype does not hold, if any."""
+    span = family.exponents[-1]
+    for n2 in range(max(lowest, max(used) - span), min(min(used), highest - span) + 1):
+        if used <= {n2 + k for k in family.exponents}:
+            return PowerOfTwoGrid(n2 + span, bits, family=family)
+    return None
 
 
 def holds(grid: Grid, weight: Tensor) -> bool:

@@ -23,6 +23,7 @@ from inq_lightning import (
 )
 from inq_lightning.formats.layers import candidate_grids, find_grids, off_grid
 from inq_lightning.grid import fit_grid
+from inq_lightning.grid.levels import levels_of
 from inq_lightning.grid.recognize import holds
 
 
@@ -49,16 +50,48 @@ def test_the_fitted_grid_holds_the_weights_in_fewest_bits(
     weight = grid.decode(torch.tensor(codes), torch.float64).to(dtype)
     weight = weight[weight.isfinite()]
     fitted = fit_grid(weight)
-    exponents = torch.frexp(weight[weight != 0]).exponent
-    span = int(exponents.max() - exponents.min()) + 1 if exponents.numel() else 1
+    exponents = torch.frexp(weight[weight != 0]).exponent - 1
     if fitted is None:
-        assert dtype is torch.float16  # which holds 40 powers of two, fewer than the 64 magnitudes of 8 bits
-        assert span > 32
+        assert dtype is torch.float16  # which holds 40 powers of two, fewer than the 63 magnitudes of 7 bits
+        assert int(exponents.max() - exponents.min()) + 1 > 32
         return
     assert holds(fitted, weight)
     fitted.check_dtype(dtype)
-    assert fitted.magnitudes >= span
-    assert fitted.bits == 2 or fitted.magnitudes // 2 < span
+    for fewer in range(2, fitted.bits):
+        for family in ("paper", "full", "dense"):
+            span = levels_of(family, fewer).exponents[-1]  # type: ignore[arg-type]
+            for top in range(int(exponents.max()), int(exponents.min()) + span + 1):
+                other = PowerOfTwoGrid(top, fewer, family=family)  # type: ignore[arg-type]
+                assert not torch.equal(other.round(weight.double()), weight.double()) or not fits(other, dtype)
+    if fitted.family != "paper":
+        span = PowerOfTwoGrid(0, fitted.bits).magnitudes
+        assert int(exponents.max() - exponents.min()) >= span
+
+
+def fits(grid: PowerOfTwoGrid, dtype: torch.dtype) -> bool:
+    try:
+        grid.check_dtype(dtype)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("values", "bits", "family"),
+    [
+        ([1.0, -4.0], 2, "dense"),
+        ([1.0, 4.0, -8.0, 16.0], 3, "dense"),
+        ([0.0, 1.0, 4.0], 3, "full"),
+        ([1.0, -2.0], 3, "paper"),
+        ([0.0, 1.0, 64.0], 4, "full"),
+        ([2.0**-7, 1.0], 4, "dense"),
+        ([0.0, 2.0**-7, 1.0], 5, "paper"),
+    ],
+)
+def test_bare_weights_tell_which_named_levels_they_lie_on(values: list[float], bits: int, family: str) -> None:
+    grid = fit_grid(torch.tensor(values))
+    assert grid is not None
+    assert (grid.bits, grid.family) == (bits, family)
 
 
 def test_weights_off_every_grid_have_none() -> None:
