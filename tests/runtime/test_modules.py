@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from inq_lightning.core.layer import Layer
 from inq_lightning.core.selection import select_parameters
 from inq_lightning.grid import PowerOfTwoGrid
+from inq_lightning.grid.levels import LevelsName
 from inq_lightning.recipes.models import ResNetCIFAR, SmallCNN
 from inq_lightning.runtime.modules import Packed, _has_bags, _has_fast_int8, to_packed
 
