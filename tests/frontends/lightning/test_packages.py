@@ -14,7 +14,7 @@ from pytorch_lightning.cli import LightningCLI
 from support import ROOT, SCHEDULE, TinyModule, Witness, assert_quantized, loader, same_bits, weights
 from torch import Tensor, nn
 
-from inq_lightning import INQCallback, Schedule
+from inq_lightning import INQCallback, Levels, Schedule
 
 EXAMPLE = ROOT / "examples" / "lightning_cli"
 QUIET = {
@@ -177,6 +177,13 @@ TWO = Schedule([0.5, 1.0], [0, 1])
             Schedule([1.0], [3], "step"),
         ),
         ('layer_bits={"net.0": 8, "net.3": 3}', "layer_bits", {"net.0": 8, "net.3": 3}),
+        ("levels=dense", "levels", "dense"),
+        ('levels={"zero": false, "exponents": [0, 2]}', "levels", Levels(zero=False, exponents=(0, 2))),
+        (
+            'layer_levels={"net.0": "full", "net.3": {"zero": true, "exponents": [0, 3]}}',
+            "layer_levels",
+            {"net.0": "full", "net.3": Levels(zero=True, exponents=(0, 3))},
+        ),
         ("partition=random", "partition", "random"),
         ("underflow=truncate", "underflow", "truncate"),
         ("keep_zeros=true", "keep_zeros", True),
