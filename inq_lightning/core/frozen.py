@@ -90,11 +90,6 @@ class FrozenWeight:
         return bits_of(self._values) != 0
 
     @property
-    def local(self) -> Tensor:
-        """The local piece of the parameter, without a gradient."""
-        return sharding.local(self.parameter)
-
-    @property
     def values(self) -> Tensor:
         """What frozen weights are, in the shape of the local piece: +0.0 for a free one, -0.0 for one at zero."""
         return self._values
@@ -186,10 +181,11 @@ class FrozenWeight:
         self.grid = grid
         values = self._values.to(grid.storage_dtype)
         signal, noise = [], []
+        holds_zero = 0 in grid.codes
         for w, new, value in zip(split(weight), split(chosen), split(values), strict=True):
             before = w * new
             after = grid.round(before)  # 0, hence "free", for all the others
-            if 0 not in grid.codes:
+            if not holds_zero:
                 after.mul_(new).add_(0.0)  # -0.0 becomes +0.0
                 before = before.double()  # the change of a weight near zero has more digits than its type
             signal.append(torch.linalg.vector_norm(before, dtype=torch.float64))
@@ -203,18 +199,12 @@ class FrozenWeight:
         sums = torch.stack([torch.stack(norms).square_().sum() for norms in (signal, noise)])
         return Rounding(*sharding.sum_over_shards(sums, self.parameter).tolist())
 
-    def gradient(self) -> Tensor | None:
-        """The local piece of the gradient; None where there is none to be masked."""
-        grad = self.parameter.grad
-        if grad is None or grad.is_sparse or not self.frozen:
-            return None  # a sparse gradient has no entry for most weights; restore() takes care of the others
-        return sharding.local(grad)
-
     def mask_gradient(self) -> None:
         """Zero the gradient of the frozen weights, whatever it holds, inf and nan included."""
-        grad = self.gradient()
-        if grad is None:
-            return
+        grad = self.parameter.grad
+        if grad is None or grad.is_sparse or not self.frozen:
+            return  # a sparse gradient has no entry for most weights; restore() takes care of the others
+        grad = sharding.local(grad)
         if self.frozen == self.numel:
             grad.zero_()
             return

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from inq_lightning.core import sharding
 from inq_lightning.core.frozen import FrozenWeight
 
 if TYPE_CHECKING:
@@ -22,48 +23,45 @@ class Together:
 
     def __init__(self, weights: Mapping[str, FrozenWeight]) -> None:
         self._weights = weights
-        self._mask: Launch | None = None
-        self._restore: Launch | None = None
+        self._launches: dict[str, Launch | None] = {}
 
     def mask_gradients(self) -> None:
         """Zero the gradients of frozen weights."""
         weights = list(self._weights.values())
-        places = _addresses([weight.parameter.grad for weight in weights], weights)
-        if places is not None and self._mask is not None and self._mask.repeat(places):
-            return
-        pairs: list[tuple[Tensor, Tensor]] = []
-        for weight in weights:
-            gradient = weight.gradient()
-            if gradient is None:
-                continue
-            self._mask = self._mask or _launch("mask", gradient)
-            if self._mask is not None and self._mask.takes(gradient, weight.values):
-                pairs.append((gradient, weight.values))
-            else:
-                weight.mask_gradient()
-                places = None
-        if self._mask is not None:
-            self._mask(pairs, places if len(pairs) == len(weights) else None)
+        self._run("mask", weights, [weight.parameter.grad for weight in weights], FrozenWeight.mask_gradient)
 
     def restore(self) -> None:
         """Put frozen weights back to their values, bit for bit."""
         weights = list(self._weights.values())
-        places = _addresses([weight.parameter for weight in weights], weights)
-        if places is not None and self._restore is not None and self._restore.repeat(places):
+        self._run("restore", weights, [weight.parameter for weight in weights], FrozenWeight.restore)
+
+    def _run(
+        self,
+        action: str,
+        weights: Sequence[FrozenWeight],
+        tensors: Sequence[Tensor | None],
+        one: Callable[[FrozenWeight], None],
+    ) -> None:
+        """Do it to all tensors, in one launch to those that it takes."""
+        if action not in self._launches and any(tensor is not None and tensor.is_cuda for tensor in tensors):
+            self._launches[action] = _launch(action)
+        launch = self._launches.get(action)
+        if launch is None:
+            for weight in weights:
+                one(weight)
+            return
+        places = _addresses(tensors, weights)
+        if places is not None and launch.repeat(places):
             return
         pairs: list[tuple[Tensor, Tensor]] = []
-        for weight in weights:
-            if not weight.frozen:
+        for weight, tensor in zip(weights, tensors, strict=True):
+            if tensor is None or not weight.frozen:
                 continue
-            tensor = weight.local
-            self._restore = self._restore or _launch("restore", tensor)
-            if self._restore is not None and self._restore.takes(tensor, weight.values):
-                pairs.append((tensor, weight.values))
+            if not tensor.is_sparse and launch.takes(piece := sharding.local(tensor), weight.values):
+                pairs.append((piece, weight.values))
             else:
-                weight.restore()
-                places = None
-        if self._restore is not None:
-            self._restore(pairs, places if len(pairs) == len(weights) else None)
+                one(weight)
+        launch(pairs, places if len(pairs) == len(weights) else None)
 
 
 def _addresses(tensors: Sequence[Tensor | None], weights: Sequence[FrozenWeight]) -> list[int] | None:
@@ -76,10 +74,7 @@ def _addresses(tensors: Sequence[Tensor | None], weights: Sequence[FrozenWeight]
     return places
 
 
-def _launch(action: str, tensor: Tensor) -> Launch | None:
-    """What launches the action for many tensors at once; None where nothing does, as on a CPU."""
-    if not tensor.is_cuda:
-        return None
+def _launch(action: str) -> Launch | None:
     try:
         from inq_lightning.kernels.cuda import Launch
     except ImportError:  # Triton comes with PyTorch on Linux only

@@ -5,10 +5,14 @@ Triton comes with PyTorch's builds for CUDA. It is imported with this module, so
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+_Kind: TypeAlias = tuple[torch.device, torch.dtype]
 
 _BLOCK = 2048  # elements a program
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -39,7 +43,7 @@ def _restore(table, blocks, dtype: tl.constexpr, block: tl.constexpr):
 
 
 class Launch:
-    """Masks or restores many tensors in one launch for each dtype.
+    """Masks or restores many tensors in one launch for each device and dtype.
 
     Args:
         action: ``"mask"`` or ``"restore"``, see :class:`~inq_lightning.kernels.reference.ReferenceKernel`.
@@ -47,48 +51,48 @@ class Launch:
 
     def __init__(self, action: str) -> None:
         self._action = action  # not the kernel: callbacks are pickled
-        self._tables: dict[torch.dtype, tuple[list[int], Tensor, Tensor]] = {}
-        self._last: tuple[list[int], list[torch.dtype]] | None = None
+        self._tables: dict[_Kind, tuple[list[int], Tensor, Tensor]] = {}
+        self._last: tuple[list[int], list[_Kind]] | None = None
 
     @staticmethod
     def takes(tensor: Tensor, values: Tensor) -> bool:
         """Whether it can be one of them, with the values that its frozen weights have."""
         same = tensor.device == values.device and tensor.stride() == values.stride()
-        return same and tensor.dtype in _DTYPES and values.dtype is torch.bfloat16
+        return same and tensor.is_cuda and tensor.dtype in _DTYPES and values.dtype is torch.bfloat16
 
     @torch.compiler.disable
     def repeat(self, addresses: list[int]) -> bool:
         """Do again what the last call did, if it was for these addresses; whether it was."""
         if self._last is None or self._last[0] != addresses:
             return False
-        for dtype in self._last[1]:
-            self._start(dtype)
+        for kind in self._last[1]:
+            self._start(kind)
         return True
 
     @torch.compiler.disable
     def __call__(self, pairs: list[tuple[Tensor, Tensor]], addresses: list[int] | None = None) -> None:
-        """Do it for pairs of a tensor and its values, all on one device.
+        """Do it for pairs of a tensor and its values.
 
         Args:
             pairs: Them.
             addresses: Where they are, for :meth:`repeat`; None if there is more to do than this.
         """
-        dtypes = list(dict.fromkeys(tensor.dtype for tensor, _ in pairs))
-        self._last = None if addresses is None else (addresses, dtypes)
-        for dtype in dtypes:
-            chosen = [pair for pair in pairs if pair[0].dtype is dtype]
-            rows = [number for t, v in chosen for number in (t.data_ptr(), v.data_ptr(), t.numel())]
-            if dtype not in self._tables or self._tables[dtype][0] != rows:
+        rows: dict[_Kind, list[int]] = {}
+        for t, v in pairs:
+            rows.setdefault((t.device, t.dtype), []).extend((t.data_ptr(), v.data_ptr(), t.numel()))
+        self._last = None if addresses is None else (addresses, list(rows))
+        for kind, numbers in rows.items():
+            if kind not in self._tables or self._tables[kind][0] != numbers:
                 # Not in place: the last launch may not have read its table yet.
-                self._tables[dtype] = (rows, *_upload(rows, chosen[0][0].device))
-            self._start(dtype)
+                self._tables[kind] = (numbers, *_upload(numbers, kind[0]))
+            self._start(kind)
 
-    def _start(self, dtype: torch.dtype) -> None:
-        _, table, blocks = self._tables[dtype]
+    def _start(self, kind: _Kind) -> None:
+        _, table, blocks = self._tables[kind]
         if len(blocks):
             with torch.cuda.device(table.device):
                 {"mask": _mask, "restore": _restore}[self._action][(len(blocks),)](
-                    table, blocks, dtype=_DTYPES[dtype], block=_BLOCK
+                    table, blocks, dtype=_DTYPES[kind[1]], block=_BLOCK
                 )
 
 
