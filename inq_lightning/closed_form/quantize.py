@@ -15,9 +15,10 @@ from inq_lightning.closed_form.feeding import Call, read_batches
 from inq_lightning.closed_form.norms import Channels, Norm, refit
 from inq_lightning.closed_form.solve import Moments, approach, damped, target
 from inq_lightning.closed_form.watch import Capture, Enough, Trace, Use
+from inq_lightning.core.coverage import Coverage
 from inq_lightning.core.frozen import fit_levels
 from inq_lightning.core.layer import Layer, computed_tensors, plain_name
-from inq_lightning.core.selection import Selected, select_parameters
+from inq_lightning.core.selection import Selection, select_parameters
 from inq_lightning.grid import Grid, PowerOfTwoGrid
 from inq_lightning.grid.levels import LevelsOption
 
@@ -46,11 +47,13 @@ class ClosedForm:
         model: The quantized network.
         layers: One record for each parameter on a grid, in the module's order; for ``layers=`` of the exports.
         refitted: Names of the biases and of the norms' parameters and buffers that have changed.
+        coverage: How much of the network's matrices that is, and why the others are as they were.
     """
 
     model: nn.Module
     layers: list[ClosedFormLayer]
     refitted: list[str]
+    coverage: Coverage
 
 
 def quantize(
@@ -129,9 +132,10 @@ def _undisturbed() -> Iterator[None]:
 class _Walk:
     """The full-precision network, and the copy of it that is quantized step by step."""
 
-    def __init__(self, model: nn.Module, selected: Sequence[Selected], calls: list[Call]) -> None:
+    def __init__(self, model: nn.Module, selected: Selection, calls: list[Call]) -> None:
         self.model = model
         self.calls = calls
+        self.coverage = selected.coverage
         self.bits = {one.name: one.bits for one in selected}
         self.levels = {one.name: one.levels for one in selected}
         # Its own buffers and modules, which a forward pass may change, but the model's parameters.
@@ -167,7 +171,7 @@ class _Walk:
                 self._refit(name, uses[name])
         progress(len(steps), len(steps), "")
         self._restore()
-        return ClosedForm(self.copy, [found[name] for name in self.bits], sorted(self.refitted))
+        return ClosedForm(self.copy, [found[name] for name in self.bits], sorted(self.refitted), self.coverage)
 
     def _solve(self, name: str, use: Use, bias: str | None) -> ClosedFormLayer:
         """Put a weight on the levels with which its outputs come nearest to what is wanted."""

@@ -140,8 +140,8 @@ class Options:
             return {bits: fit_rule(value, bits) for bits in widths}
         if name == "levels":
             return {bits: choose_levels(check_levels(name, value), bits) for bits in widths}
-        # The order of patterns counts, which equality of mappings overlooks.
-        return list(value.items()) if isinstance(value, Mapping) else value
+        # The order of patterns counts, which equality of mappings overlooks; no pattern is as good as no mapping.
+        return list(value.items()) or None if isinstance(value, Mapping) else value
 
 
 def takes_options(target: Callable[P, Options]) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:

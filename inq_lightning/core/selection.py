@@ -100,7 +100,7 @@ def select_parameters(
     check_patterns("include", include)
     check_patterns("exclude", exclude)
     check_widths("layer_bits", layer_bits)
-    check_layer_levels("layer_levels", layer_levels)
+    layer_levels = check_layer_levels("layer_levels", layer_levels)
     patterns, matrices = Patterns(module), find_matrices(module)
     default = [m for m in matrices if m.kind == "layer" or (embeddings and m.kind == "embedding")]
     wanted = default if include is None else [m for m in matrices if patterns.match(m.names, include)]

@@ -58,7 +58,8 @@ class Levels:
 LevelsLike: TypeAlias = Levels | LevelsName
 LevelsOption: TypeAlias = LevelsLike | Literal["auto"]
 
-# What "auto" stands for, by bits: what ended most accurate in docs/results.md. More than 5 bits can use brings nothing.
+# What "auto" stands for, by bits: what ended most accurate in docs/results.md. From 5 bits on the paper's levels are
+# more than weights use.
 _AUTO: dict[int, LevelsName] = {2: "dense", 3: "dense", 4: "full"}
 
 

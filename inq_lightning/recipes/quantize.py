@@ -23,7 +23,6 @@ from torch import Tensor
 from inq_lightning._common import import_extra
 from inq_lightning.closed_form.quantize import quantize
 from inq_lightning.core.options import Options
-from inq_lightning.core.selection import select_parameters
 from inq_lightning.formats.packed import save_packed
 from inq_lightning.recipes.command import accept_json, prepare
 from inq_lightning.recipes.config import register_training
@@ -76,8 +75,7 @@ def run(cfg: DictConfig, console: Any) -> None:
     with shown(console, cfg.output == "rich") as progress:
         found = quantize(module, first_images(data, cfg.images), **options, progress=progress)
     after = test(trainer, found.model, data)  # type: ignore[arg-type]
-    coverage = select_parameters(module, **options, trainable_only=False).coverage
-    report = Report.of(found.model, found.layers, before, after, time.monotonic() - begun, coverage)
+    report = Report.of(found.model, found.layers, before, after, time.monotonic() - begun, found.coverage)
     report.write(folder / "report.json")
     save_packed(found.model, folder / "quantized.safetensors", layers=found.layers)
     if cfg.output == "json":

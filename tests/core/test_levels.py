@@ -308,4 +308,5 @@ def test_options_are_plain_values_that_make_the_same_options() -> None:
     assert Options(3, levels=values["levels"], layer_levels=values["layer_levels"]) == options
     assert options.differences(values) == []
     assert Options(3).differences({**Options(3).as_dict(), "levels": "dense"}) == []  # what auto stands for
+    assert Options(3, layer_levels={}).differences(Options(3).as_dict()) == []  # what Hydra gives for none
     assert "levels" in Options(3).differences({**Options(3).as_dict(), "levels": "paper"})[0]
