@@ -123,7 +123,7 @@ def trainer(*callbacks: Callback) -> Trainer:
 def quantize(net: nn.Module, bits: int, exponent: Exponent, digits: DigitsDataModule) -> Recorder:
     """Quantize a trained network and return what has been recorded."""
     module = Classifier(net, num_classes=10, lr=0.05, weight_decay=1e-3, lr_epochs=2 if bits < 5 else 4)
-    recorder = Recorder(INQCallback(bits=bits, exponent=exponent))
+    recorder = Recorder(INQCallback(bits=bits, exponent=exponent, levels="paper"))
     weights = module.get_parameter(LAYER).detach().clone().flatten()
     recorder.moments.append(Moment(0, weights, torch.zeros_like(weights, dtype=torch.bool)))
     recorder.losses.append((0, validation_loss(module, digits)))
