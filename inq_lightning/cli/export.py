@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from inq_lightning.core.activations import is_saved_activation, saved_activations
 from inq_lightning.core.layer import Layer
 from inq_lightning.formats.checkpoint import read_checkpoint
 from inq_lightning.formats.contents import Contents
@@ -143,9 +144,12 @@ def _build(
             shape = [int(n) for n in options.input_shape.split(",")]
         except ValueError as error:
             raise ValueError(f"--input-shape takes numbers such as 1,3,32,32, got {options.input_shape}") from error
-    prefix = common_prefix(everything, model.state_dict())
+    trained = (name for name in everything if not is_saved_activation(name))
+    prefix = common_prefix(trained, model.state_dict())
+    state = {name.removeprefix(prefix): value for name, value in everything.items()}
     try:
-        model.load_state_dict({name.removeprefix(prefix): value for name, value in everything.items()})
+        with saved_activations(model, state):
+            model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"the checkpoint does not fit the network: {error}") from error
     layers = checkpoint.layers and [replace(x, name=x.name.removeprefix(prefix)) for x in checkpoint.layers]

@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, Concatenate, ParamSpec, TypeAlias, get_type_hints
 
 from inq_lightning._common import one_of
+from inq_lightning.core.activation import check_activation_bits
 from inq_lightning.core.partition import Partition
 from inq_lightning.core.patterns import check_layer_levels, check_patterns, check_widths
 from inq_lightning.core.schedule import Schedule, default_preset
@@ -49,6 +50,10 @@ class Options:
             ``underflow="truncate"``, the padding of an embedding, or more than a hundredth of the weights exactly zero.
         layer_levels: Levels for what matches a pattern, for instance ``{"net.fc": "full"}``.
         embeddings: Whether to quantize embedding tables too.
+        activation_bits: Width of activations, 2 to 8: they are rounded to steps of a power of two from the beginning
+            of training on, see :func:`~inq_lightning.quantize_activations`. None leaves them as they are.
+        layer_activation_bits: Widths for the outputs of layers that match a pattern.
+        input_bits: Width of the network's input, where activations are rounded.
         keep_zeros: Freeze the weights that are exactly zero when INQ begins, at zero, for pruned networks (the paper's
             section 3.5); portions then count the others. Weights under :mod:`torch.nn.utils.prune` are quantized in
             place, as ``weight_orig``.
@@ -75,6 +80,9 @@ class Options:
     levels: LevelsOption = "auto"
     layer_levels: Mapping[str, LevelsOption] | None = None
     embeddings: bool = False
+    activation_bits: int | None = None
+    layer_activation_bits: Mapping[str, int] | None = None
+    input_bits: int = 8
     keep_zeros: bool = False
     restart_lr: bool = True
     reset_optimizer: bool = False
@@ -97,6 +105,7 @@ class Options:
         object.__setattr__(self, "levels", check_levels("levels", self.levels, self.bits))
         object.__setattr__(self, "layer_levels", check_layer_levels("layer_levels", self.layer_levels))
         self._check_zero()
+        self._check_activations()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 31:
             raise ValueError(f"seed must be a whole number from 0 to {(1 << 31) - 1}, got {self.seed!r}")
         object.__setattr__(self, "exclude", self.exclude or ())
@@ -113,10 +122,23 @@ class Options:
             if needs and levels != "auto" and not zero_of(levels):
                 raise ValueError(f"{needs} needs a zero, which levels={levels!r} lack; write levels='full'")
 
+    def _check_activations(self) -> None:
+        """Refuse widths of activations that there are not.
+
+        Raises:
+            ValueError: There are such; the message names the option.
+        """
+        if self.activation_bits is not None:
+            check_activation_bits("activation_bits", self.activation_bits)
+        check_activation_bits("input_bits", self.input_bits)
+        check_widths("layer_activation_bits", self.layer_activation_bits)
+        if self.activation_bits is None and self.layer_activation_bits:
+            raise ValueError("layer_activation_bits needs activation_bits, the width of all other activations")
+
     def as_dict(self) -> dict[str, Any]:
         """All options but the schedule as plain JSON values."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("schedule", "phases")}
-        for name, kind in (("include", list), ("exclude", list), ("layer_bits", dict)):
+        for name, kind in (("include", list), ("exclude", list), ("layer_bits", dict), ("layer_activation_bits", dict)):
             if values[name] is not None:
                 values[name] = kind(values[name])
         values["levels"] = plain(self.levels)

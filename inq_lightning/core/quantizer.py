@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from inq_lightning.core import sharding, state
+from inq_lightning.core.activation import PowerOfTwoActivation
+from inq_lightning.core.activations import activations_of, quantize_activations
 from inq_lightning.core.coverage import Coverage, LeftOut
 from inq_lightning.core.frozen import MANY_ZEROS, FrozenWeight, Rounding
 from inq_lightning.core.layer import Layer, named_weights, plain_name
@@ -50,6 +52,7 @@ class Quantizer:
         phase: How many portions have begun: 0 before the first one.
         sqnr_db: Signal-to-quantization-noise ratio of the group frozen last, in dB; None where nothing was changed.
         weights: The selected parameters by name, in the module's order.
+        activations: What rounds the activations, by its name as a module; nothing where they stay as they are.
     """
 
     def __init__(self, options: Options) -> None:
@@ -69,6 +72,7 @@ class Quantizer:
         self._rates_begin = 0  # where the first of them begins
         self._optimizer_state: OptimizerState | None = None
         self._hooks: StepHooks | None = None
+        self.activations: dict[str, PowerOfTwoActivation] = {}
 
     # ---- what users ask ----------------------------------------------------------------------------------------------
 
@@ -164,6 +168,16 @@ class Quantizer:
 
     # ---- a run -------------------------------------------------------------------------------------------------------
 
+    def prepare(self, module: nn.Module) -> None:
+        """Put activations in place, if they are to be rounded: before a checkpoint is loaded into the module.
+
+        Raises:
+            ValueError: They cannot be rounded everywhere, see :func:`~inq_lightning.quantize_activations`.
+        """
+        if self.options.activation_bits is not None:
+            bits, layer_bits = self.options.activation_bits, self.options.layer_activation_bits
+            quantize_activations(module, bits, input_bits=self.options.input_bits, layer_bits=layer_bits)
+
     def configure(self, optimizers: Sequence[Optimizer], schedulers: Sequence[Any] = ()) -> None:
         """Remember optimizers and schedulers as they were configured, before a checkpoint changes them.
 
@@ -210,7 +224,9 @@ class Quantizer:
             ValueError: The run is too short, or the state does not fit it; the message says what differs.
         """
         schedule = self.options.phases.counted_for(length)
+        self.activations = activations_of(module)
         if self._loaded is None:
+            self._calibrate()
             self.origin = position(schedule.unit)
             self.timetable = schedule.fit(length, self.origin)
             self.timetable.check_certain(length, self.origin)
@@ -233,6 +249,8 @@ class Quantizer:
         state.load(loaded, self.weights)
         self.phase, self.origin, self._loaded = loaded["phase"], loaded["origin"], None
         self._rates_state = loaded["rates"]
+        if loaded.get("calibrating"):
+            self._calibrate()
 
     def fit_rates(
         self,
@@ -276,6 +294,7 @@ class Quantizer:
         sharding.reshard(module)
         roundings = self._freeze(self.weights.values(), phase)
         self.phase = phase
+        self._calibrate()
         if self._rates is not None:
             self._rates.begin_phase()
         if self._optimizer_state is not None:
@@ -284,6 +303,24 @@ class Quantizer:
         if signal and noise:  # otherwise rounding has changed nothing, which no logger can draw
             self.sqnr_db = float(snr_db(signal, noise))
         return True
+
+    def _calibrate(self) -> None:
+        """Let the next training batch calibrate the activations."""
+        for activation in self.activations.values():
+            activation.pending = True
+
+    def check_calibrated(self) -> None:
+        """Refuse a network of which a training batch has reached only a part.
+
+        Raises:
+            RuntimeError: Activations have not been calibrated by it; the message names them.
+        """
+        if missed := [name for name, activation in self.activations.items() if activation.pending]:
+            raise RuntimeError(
+                f"the training batch has not reached {', '.join(missed[:_NAMED])}, so their scale is unknown: let the "
+                "training step call the network's forward, in training mode, or take rounded activations out of parts "
+                "that are not trained"
+            )
 
     def follow_rates(self, now: int, part: int, parts: int, schedulers: Collection[Any]) -> None:
         """Bring learning rates to where they belong, as far as they are fitted to the phases.
@@ -382,6 +419,7 @@ class Quantizer:
                 "unit": self.timetable.unit,
             },
             "layers": {name: weight.state_dict() for name, weight in self.weights.items()},
+            "calibrating": any(activation.pending for activation in self.activations.values()),
             "rates": self._rates.state_dict() if self._rates is not None else self._rates_state,
         }
 

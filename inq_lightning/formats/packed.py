@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from inq_lightning._common import atomic, one_of
 from inq_lightning._version import __version__
+from inq_lightning.core.activations import is_saved_activation, saved_activations
 from inq_lightning.core.layer import Layer, plain_name
 from inq_lightning.core.schedule import Schedule
 from inq_lightning.core.size import bytes_at
@@ -233,6 +234,7 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     Args:
         path: The file.
         model: A network whose names, shapes and dtypes are those of the file; on any device, in any memory format.
+            Rounded activations are put in place as they were.
 
     Returns:
         ``model``.
@@ -242,11 +244,14 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         OSError: There is no such file.
     """
     with _opened(path) as file:
-        targets = {plain_name(name): (name, t) for name, t in model.state_dict().items()}
-        prefix = common_prefix(file.declared.keys() | file.values.keys(), targets)
-        _check_fits(file, {prefix + name: target for name, (_, target) in targets.items()})
-        state = file.decode() | file.values
-    model.load_state_dict({key: state[prefix + name] for name, (key, _) in targets.items()})
+        grids = {n: file.stored(n) for n in file.declared if is_saved_activation(n)}
+        own = {plain_name(n) for n in model.state_dict() if not is_saved_activation(n)}
+        prefix = common_prefix((file.declared.keys() | file.values.keys()) - grids.keys(), own)
+        with saved_activations(model, {name.removeprefix(prefix): grid for name, grid in grids.items()}):
+            targets = {plain_name(name): (name, t) for name, t in model.state_dict().items()}
+            _check_fits(file, {prefix + name: target for name, (_, target) in targets.items()})
+            state = file.decode() | file.values
+            model.load_state_dict({key: state[prefix + name] for name, (key, _) in targets.items()})
     return model
 
 
@@ -327,6 +332,11 @@ class _File:
         self.values = {name: unpack_value(value) for name, value in metadata.get("values", {}).items()}
         twice = self.values.keys() & self.declared.keys()
         _require(not twice, f"{', '.join(sorted(twice))} is there twice")
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor that is stored as it is."""
+        tensor: Tensor = self._handle.get_tensor(f"tensor/{name}")
+        return tensor
 
     def decode(self) -> dict[str, Tensor]:
         """All tensors of the network; tied ones share their memory."""

@@ -14,6 +14,7 @@ from torch import nn
 from inq_lightning._common import import_extra
 from inq_lightning.core import sharding
 from inq_lightning.core.options import Options
+from inq_lightning.core.quantizer import Quantizer
 from inq_lightning.core.schedule import Unit
 from inq_lightning.frontends.loop import INQ
 
@@ -43,6 +44,10 @@ class INQTrainerCallback(
         Options(**options)
         self._options = options
         self.inq: INQ | None = None
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module, **others: Any) -> None:
+        """Put activations in place, if they are to be rounded, before a checkpoint is loaded."""
+        Quantizer(Options(**self._options)).prepare(model)
 
     def on_train_begin(
         self,

@@ -88,6 +88,7 @@ class INQ(Standing):
         if self.options.restart_lr:
             _check_schedulers(self._optimizers, self._schedulers)
         self._configured = settings(self._optimizers, self._schedulers, states=self.options.reset_optimizer)
+        self.quantizer.prepare(self._model)
         self.quantizer.configure(self._optimizers, self._schedulers)
         self.plan()  # what cannot work is refused here, before anything is trained
         if not self.quantizer.hold():
@@ -280,6 +281,7 @@ class INQ(Standing):
                 "a checkpoint's INQ state waits for advance(); call it before the first optimizer step, and load the "
                 "optimizers' states before INQ's where loading them makes a step"
             )
+        self.quantizer.check_calibrated()
         if optimizer is self._optimizers[0]:
             self._follow_rates()
             self._part += 1

@@ -73,6 +73,7 @@ class INQConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     layer_bits: dict[str, int] = field(default_factory=lambda: _by_pattern(int))
     layer_levels: dict[str, Any] = field(default_factory=lambda: _by_pattern(Any))
+    layer_activation_bits: dict[str, int] = field(default_factory=lambda: _by_pattern(int))
 
 
 @dataclass

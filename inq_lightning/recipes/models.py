@@ -108,16 +108,19 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_channels)
+        self.relu1 = nn.ReLU()
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
+        self.relu2 = nn.ReLU()
         self.stride = stride
         self.new_channels = out_channels - in_channels
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (batch, in_channels, h, w) to (batch, out_channels, ceil(h / stride), ceil(w / stride))."""
-        residual = self.bn2(self.conv2(nn.functional.relu(self.bn1(self.conv1(x)))))
+        residual = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
         shortcut = x[:, :, :: self.stride, :: self.stride]
-        return nn.functional.relu(residual + nn.functional.pad(shortcut, (0, 0, 0, 0, 0, self.new_channels)))
+        output: Tensor = self.relu2(residual + nn.functional.pad(shortcut, (0, 0, 0, 0, 0, self.new_channels)))
+        return output
 
 
 class ResNetCIFAR(nn.Module):
@@ -142,9 +145,11 @@ class ResNetCIFAR(nn.Module):
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU()
         self.layer1 = _stage(16, 16, blocks, stride=1)
         self.layer2 = _stage(16, 32, blocks, stride=2)
         self.layer3 = _stage(32, 64, blocks, stride=2)
+        self.pool = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(64, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -152,8 +157,8 @@ class ResNetCIFAR(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps images (batch, in_channels, height, width), any size, to logits (batch, num_classes)."""
-        features = self.layer3(self.layer2(self.layer1(nn.functional.relu(self.bn1(self.conv1(images))))))
-        logits: Tensor = self.linear(features.mean(dim=(2, 3)))
+        features = self.layer3(self.layer2(self.layer1(self.relu(self.bn1(self.conv1(images))))))
+        logits: Tensor = self.linear(self.pool(features).flatten(1))
         return logits
 
 

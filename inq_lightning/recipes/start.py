@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 from omegaconf import DictConfig
 from pytorch_lightning import LightningModule
 
+from inq_lightning.core.activations import saved_activations
 from inq_lightning.core.schedule import Schedule
 from inq_lightning.formats.checkpoint import holds_withheld, load_checkpoint
 
@@ -72,7 +73,8 @@ def load_weights(module: LightningModule, weights: dict[str, Any], cfg: DictConf
         ValueError: It belongs to another network.
     """
     try:
-        module.load_state_dict(weights)
+        with saved_activations(module, weights):
+            module.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"ckpt={cfg.ckpt} does not fit the configured model: {error}") from error
 

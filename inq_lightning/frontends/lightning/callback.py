@@ -78,7 +78,7 @@ class INQCallback(Standing, Callback):
     # ---- Lightning's hooks -------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier run, and refuse what would undo the quantization."""
+        """Forget an earlier run, refuse what would undo the quantization, and have activations rounded."""
         if stage == "fit":
             guards.check_setup(trainer, self)
             guards.show_rates_last(trainer)
@@ -87,9 +87,12 @@ class INQCallback(Standing, Callback):
             self._start_with(Quantizer(self.options))
             self._finished = finished
             record.RecordingIO.insert(trainer)
+        if any(True for _ in pl_module.parameters()):  # otherwise configure_model makes them
+            self.quantizer.prepare(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember learning rates and schedulers as they were configured, before a checkpoint changes them."""
+        self.quantizer.prepare(pl_module)
         self.quantizer.configure(trainer.optimizers, rates.schedulers(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -146,6 +149,7 @@ class INQCallback(Standing, Callback):
         """Restore frozen weights where no step hook has done so: after what may move weights without one."""
         if not self.quantizer.held() or self._bypassed:
             self.quantizer.restore()
+        self.quantizer.check_calibrated()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find frozen weights that something else has moved, before a checkpoint of the epoch is written."""
