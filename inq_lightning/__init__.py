@@ -10,6 +10,8 @@ from inq_lightning._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from inq_lightning.closed_form.quantize import quantize
+    from inq_lightning.core.activation import PowerOfTwoActivation
+    from inq_lightning.core.activations import calibrate_activations, quantize_activations
     from inq_lightning.core.frozen import FrozenWeight
     from inq_lightning.core.options import Options
     from inq_lightning.core.quantizer import Quantizer
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from inq_lightning.frontends.lightning.progress import INQProgressBar
     from inq_lightning.frontends.loop import INQ
     from inq_lightning.grid import Levels, PowerOfTwoGrid, fit_grid
+    from inq_lightning.integer.lower import lower
+    from inq_lightning.integer.network import IntegerNetwork
     from inq_lightning.report.inspection import inspect_file
     from inq_lightning.runtime.modules import to_packed
     from inq_lightning.runtime.torchao import to_torchao
@@ -43,18 +47,23 @@ __all__ = [  # what no extra is needed for: "from inq_lightning import *" import
     "INQCallback",
     "INQMonitor",
     "INQProgressBar",
+    "IntegerNetwork",
     "Levels",
     "Options",
+    "PowerOfTwoActivation",
     "PowerOfTwoGrid",
     "Quantizer",
     "Schedule",
+    "calibrate_activations",
     "export_onnx",
     "find_grids",
     "fit_grid",
     "inspect_file",
     "load_packed",
+    "lower",
     "phase_length",
     "quantize",
+    "quantize_activations",
     "read_accelerator",
     "read_checkpoint",
     "read_onnx",
@@ -69,6 +78,8 @@ __all__ = [  # what no extra is needed for: "from inq_lightning import *" import
 
 _HOMES = {
     "closed_form.quantize": ["quantize"],
+    "core.activation": ["PowerOfTwoActivation"],
+    "core.activations": ["calibrate_activations", "quantize_activations"],
     "core.frozen": ["FrozenWeight"],
     "core.options": ["Options"],
     "core.quantizer": ["Quantizer"],
@@ -87,6 +98,8 @@ _HOMES = {
     "frontends.lightning.progress": ["INQProgressBar"],
     "frontends.loop": ["INQ"],
     "grid": ["Levels", "PowerOfTwoGrid", "fit_grid"],
+    "integer.lower": ["lower"],
+    "integer.network": ["IntegerNetwork"],
     "report.inspection": ["inspect_file"],
     "runtime.modules": ["to_packed"],
     "runtime.torchao": ["to_torchao"],

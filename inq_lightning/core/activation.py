@@ -76,7 +76,6 @@ class PowerOfTwoActivation(nn.Module):
         return torch.fake_quantize_per_tensor_affine(values, 2.0**exponent, 0, self.low, self.high)
 
     @torch.no_grad()
-    @torch.compiler.disable
     def calibrate(self, values: Tensor, more: bool = False) -> None:
         """Choose the exponent of least squared error.
 
@@ -122,7 +121,7 @@ class PowerOfTwoActivation(nn.Module):
                 )
             self._set(None if exponent == _UNKNOWN else exponent)
             self.pending = self.exponent is None
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         """Bits, sign and step."""

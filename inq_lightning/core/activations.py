@@ -264,10 +264,12 @@ def _is_positive(node: fx.Node, flow: Flow) -> bool:
 def _remedy(node: fx.Node, flow: Flow, prefix: str) -> str:
     if node.op == "call_module":
         calls = flow.calls[str(node.target)]
-        return f"{prefix}{node.target} is called {calls} times; give each call a module of its own, to have its own scale"
+        return (
+            f"{prefix}{node.target} is called {calls} times; give each call a module of its own, to have its own scale"
+        )
     module = {"relu": "nn.ReLU()", "average": "nn.AdaptiveAvgPool2d(1)"}.get(flow.steps[node].kind, "one")
     owner = (prefix + flow.owner[node]).rstrip(".")
     return (
-        f"{name_of(node)} in the forward of {owner or 'the network'} is no module, so that nothing can stand behind it; "
+        f"{name_of(node)} in the forward of {owner or 'the network'} is no module, so nothing can stand behind it; "
         f"make it {module}"
     )

@@ -152,8 +152,8 @@ def trace(network: nn.Module) -> Flow:
         graph = tracer.trace(network, concrete_args=defaults)
     except Exception as error:  # whatever code of the user's raises on a symbol
         raise ValueError(
-            f"torch.fx cannot trace {type(network).__name__}: {error}. Change what in its forward depends on the values "
-            "of tensors, or takes other than tensors"
+            f"torch.fx cannot trace {type(network).__name__}: {error}. Change what in its forward depends on the "
+            "values of tensors, or takes other than tensors"
         ) from error
     steps: dict[fx.Node, Step] = {}
     for node in graph.nodes:

@@ -17,7 +17,7 @@ TIERS = (
     ("kernels", "grid"),
     ("core",),
     ("formats",),
-    ("runtime", "report", "closed_form"),
+    ("runtime", "report", "closed_form", "integer"),
     ("frontends",),
     ("recipes", "cli"),
     ("__init__.py",),  # the public face, which nothing imports

@@ -1,0 +1,1 @@
+"""Networks of whole numbers: what a device without a multiplier computes."""

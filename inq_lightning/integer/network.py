@@ -1,0 +1,132 @@
+"""A network of whole numbers: its input, its operations, and what runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from inq_lightning.integer.operations import EXACT, Counts, Operation, Product, Scaled
+
+_BATCH = 128  # inputs at a time: what unfolded convolutions take in memory
+
+
+@dataclass(frozen=True)
+class IntegerNetwork:
+    """A quantized network in whole numbers of 32 bits: additions, shifts, comparisons.
+
+    Attributes:
+        shape: Of one input.
+        input_exponent: The input is rounded to steps of 2^input_exponent, half to even.
+        input_low: Least input, in steps.
+        input_high: Largest input, in steps.
+        operations: In the order in which they are computed; the last one's results are the logits.
+        images: How many inputs :func:`~inq_lightning.lower` has compared.
+        changed: Of how many of them the prediction is another one than the network's in floats.
+    """
+
+    shape: tuple[int, ...]
+    input_exponent: int
+    input_low: int
+    input_high: int
+    operations: tuple[Operation, ...]
+    images: int = field(default=0, compare=False)
+    changed: int = field(default=0, compare=False)
+
+    @property
+    def exponent(self) -> int:
+        """A logit of q stands for q · 2^exponent."""
+        return self.operations[-1].exponent
+
+    @property
+    def terms(self) -> int:
+        """Powers of two that stand for the factor of a normalization, at most."""
+        return max((op.scaling.terms for op in self.operations if isinstance(op, Scaled)), default=1)
+
+    @property
+    def accumulator_bits(self) -> int:
+        """Bits of the largest whole number on the way, with its sign."""
+        return max(op.peak for op in self.operations).bit_length() + 1
+
+    @property
+    def counts(self) -> Counts:
+        """Operations for one input."""
+        return Counts(*(sum(numbers) for numbers in zip(*(op.counts() for op in self.operations), strict=True)))
+
+    def round_input(self, images: Tensor) -> Tensor:
+        """The input in steps: int32 of the shape of ``images``, (batch, *shape) of a floating type.
+
+        Raises:
+            ValueError: They are of another shape, or hold nan.
+        """
+        if tuple(images.shape[1:]) != self.shape:
+            raise ValueError(f"inputs must be of shape (batch, {', '.join(map(str, self.shape))}), got {images.shape}")
+        if bool(images.isnan().any()):
+            raise ValueError("inputs hold nan, which no whole number stands for")
+        steps = torch.ldexp(images.double(), torch.tensor(-self.input_exponent)).round()
+        return steps.clamp(self.input_low, self.input_high).to(torch.int32)
+
+    def run(self, images: Tensor) -> Tensor:
+        """Compute logits, as a device does: this is what the network is.
+
+        Args:
+            images: Of shape (batch, *shape), of a floating type; or steps, as :meth:`round_input` gives them.
+
+        Returns:
+            int32 of shape (batch, classes), in steps of 2^exponent.
+
+        Raises:
+            ValueError: See :meth:`round_input`.
+        """
+        steps = self.round_input(images) if images.is_floating_point() else images.to(torch.int32)
+        return torch.cat([self._run(part) for part in torch.split(steps.cpu(), _BATCH)])
+
+    def _run(self, steps: Tensor) -> Tensor:
+        values = [steps]
+        for operation in self.operations:
+            values.append(operation.run(*(values[k] for k in operation.sources)))
+        return values[-1]
+
+    def to_torch(self, dtype: torch.dtype = torch.float64) -> nn.Module:
+        """An ordinary module whose logits are those of :meth:`run` times 2^exponent, every one.
+
+        Args:
+            dtype: torch.float64, or torch.float32, which is faster; an operation whose numbers float32 does not hold
+                exactly is computed in float64 there. On a GPU take float64: convolutions in float32 may round there.
+
+        Raises:
+            ValueError: ``dtype`` is another one, or a number on the way is not exact in it.
+        """
+        if dtype not in EXACT:
+            raise ValueError(f"dtype must be torch.float64 or torch.float32, got {dtype}")
+        return IntegerModule(self, dtype)
+
+
+class IntegerModule(nn.Module):
+    """An :class:`IntegerNetwork` in a floating type that holds all of its whole numbers.
+
+    Args:
+        network: The network.
+        dtype: The floating type; see :meth:`IntegerNetwork.to_torch`.
+    """
+
+    def __init__(self, network: IntegerNetwork, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network = network
+        self.dtypes = [dtype if op.summed < EXACT[dtype] else torch.float64 for op in network.operations]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps (batch, *shape) of a floating type to logits of shape (batch, classes), float64 or float32."""
+        network = self.network
+        steps = (images.double() * 2.0**-network.input_exponent).round()
+        values = [steps.clamp(network.input_low, network.input_high)]
+        for operation, dtype in zip(network.operations, self.dtypes, strict=True):
+            values.append(operation.floats(*(values[k].to(dtype) for k in operation.sources)))
+        return values[-1] * 2.0**network.exponent
+
+
+def products(network: IntegerNetwork) -> Iterator[Product]:
+    """Its convolutions and linear layers."""
+    return (op for op in network.operations if isinstance(op, Product))
