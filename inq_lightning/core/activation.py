@@ -103,7 +103,8 @@ class PowerOfTwoActivation(nn.Module):
         errors = torch.stack([(self.rounded(values, e) - values).double().square().sum() for e in self._errors])
         for exponent, error in zip(self._errors, _over_processes(errors, "SUM").tolist(), strict=True):
             self._errors[exponent] += error
-        self._set(min(self._errors, key=self._errors.__getitem__))
+        _, best = min((error, -exponent) for exponent, error in self._errors.items())  # the larger one of equals
+        self._set(-best)
 
     def _set(self, exponent: int | None) -> None:
         self.exponent = exponent
