@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from inq_lightning.frontends.lightning.progress import INQProgressBar
     from inq_lightning.frontends.loop import INQ
     from inq_lightning.grid import Levels, PowerOfTwoGrid, fit_grid
+    from inq_lightning.integer.load import load_integer
     from inq_lightning.integer.lower import lower
     from inq_lightning.integer.network import IntegerNetwork
     from inq_lightning.report.inspection import inspect_file
@@ -59,6 +60,7 @@ __all__ = [  # what no extra is needed for: "from inq_lightning import *" import
     "find_grids",
     "fit_grid",
     "inspect_file",
+    "load_integer",
     "load_packed",
     "lower",
     "phase_length",
@@ -100,6 +102,7 @@ _HOMES = {
     "grid": ["Levels", "PowerOfTwoGrid", "fit_grid"],
     "integer.lower": ["lower"],
     "integer.network": ["IntegerNetwork"],
+    "integer.load": ["load_integer"],
     "report.inspection": ["inspect_file"],
     "runtime.modules": ["to_packed"],
     "runtime.torchao": ["to_torchao"],

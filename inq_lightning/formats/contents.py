@@ -4,12 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from inq_lightning.core.layer import Layer
 from inq_lightning.core.schedule import Schedule
+
+
+class Record(NamedTuple):
+    """A network of whole numbers as an artifact keeps it beside the weights.
+
+    Attributes:
+        program: Its operations, as plain JSON values.
+        tensors: What they need besides the weights, by name.
+        weights: The weights that it was made of, in units of their grids' smallest step, by parameter; empty in what
+            was read.
+    """
+
+    program: dict[str, Any]
+    tensors: dict[str, Tensor]
+    weights: Mapping[str, Tensor] = {}
+
+
+class Recordable(Protocol):
+    """What an artifact can keep beside the weights: an :class:`~inq_lightning.IntegerNetwork`."""
+
+    def record(self) -> Record:
+        """It without the weights."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +50,7 @@ class Contents:
         phase: How many portions had begun; None likewise.
         metadata: What else the file says about itself.
         extra_state: What the network's state_dict holds besides tensors, by name.
+        integer: The network in whole numbers; None where the file has none.
     """
 
     kind: str
@@ -40,3 +63,4 @@ class Contents:
     phase: int | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     extra_state: Mapping[str, Any] = field(default_factory=dict)
+    integer: Record | None = None

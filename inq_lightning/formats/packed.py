@@ -4,6 +4,7 @@ Tensors of the file, for each quantized parameter and for everything else in the
 
     codes/<name>    uint8, as :mod:`inq_lightning.formats.codec` packs them
     tensor/<name>   as it is, or in the narrower type that was asked for; of a type that safetensors lacks, its bytes
+    integer/<name>  what the network in whole numbers needs besides the weights, where there is one
 
 Its metadata is one JSON text under the key ``inq_lightning``: format version, per layer the grid's spec, shape, dtype
 and coding, aliases of tied weights, dtypes before narrowing, the weights that are on no grid, the schedule, library
@@ -38,7 +39,7 @@ from inq_lightning.core.layer import Layer, plain_name
 from inq_lightning.core.schedule import Schedule
 from inq_lightning.core.size import bytes_at
 from inq_lightning.formats.codec import layout_of, pack, pack_entropy, unpack, unpack_entropy
-from inq_lightning.formats.contents import Contents
+from inq_lightning.formats.contents import Contents, Record, Recordable
 from inq_lightning.formats.layers import candidate_grids, check_complete, grids_in_state, off_grid
 from inq_lightning.formats.tensors import (
     DTYPES,
@@ -105,6 +106,7 @@ def save_packed(
     float_dtype: torch.dtype | None = None,
     entropy_coded: bool = False,
     schedule: Schedule | None = None,
+    integer: Recordable | None = None,
 ) -> Saved:
     """Save a quantized network as one file of b bits a weight.
 
@@ -123,10 +125,11 @@ def save_packed(
             their own dtype, rounded.
         entropy_coded: Whether to compress the codes to nearly their entropy (needs the extra ``export``).
         schedule: What the network was quantized under, for the record.
+        integer: The same network in whole numbers, which :func:`~inq_lightning.lower` makes, to be kept with it.
 
     Raises:
         ValueError: The network is not fully quantized, has a state that cannot be stored, or does not fit into
-            ``float_dtype``; the message names the parameter.
+            ``float_dtype``; the message names the parameter. Or ``integer`` is of other weights.
         ImportError: ``entropy_coded`` without constriction.
     """
     one_of("float_dtype", float_dtype, (None, torch.float16, torch.bfloat16))
@@ -155,6 +158,10 @@ def save_packed(
             stored, raw[name] = as_bytes(value), [dtype_name(value.dtype), list(value.shape)]
         # A copy: safetensors refuses tensors that are views of one memory.
         tensors[f"tensor/{name}"] = stored.cpu().clone(memory_format=torch.contiguous_format)
+    record = None if integer is None else integer.record()
+    if record is not None:
+        _check_weights(record, state, grids)
+        tensors |= {f"integer/{name}": tensor.contiguous() for name, tensor in record.tensors.items()}
     metadata: dict[str, Any] = {
         "version": VERSION,
         "layers": coded,
@@ -169,6 +176,7 @@ def save_packed(
         },
     }
     metadata |= ({"bytes": raw} if raw else {}) | ({"values": values} if values else {})
+    metadata |= {} if record is None else {"integer": record.program}
     metadata["sha256"] = _checksum(metadata, sorted(tensors.items(), key=itemgetter(0)))
     with atomic(Path(path)) as partial:
         size = partial.write_bytes(save(tensors, {_KEY: json.dumps(metadata)}))  # save_file would make it private
@@ -182,6 +190,14 @@ def save_packed(
         float_error=error,
         off_grid=metadata["off_grid"],
     )
+
+
+def _check_weights(record: Record, state: Mapping[str, Tensor], grids: Mapping[str, Grid | None]) -> None:
+    """Refuse a network in whole numbers that was made of other weights."""
+    for name, weight in record.weights.items():
+        grid = grids.get(name)
+        if grid is None or not torch.equal(grid.multiples(encode(grid, state[name])).cpu().to(weight.dtype), weight):
+            raise ValueError(f"the integer network was not made of this network's {name}; lower this network")
 
 
 def _code(weight: Tensor, grid: Grid, entropy_coded: bool) -> tuple[Tensor, dict[str, Any]]:
@@ -276,6 +292,7 @@ def read_packed(path: str | os.PathLike[str]) -> Contents:
             schedule=Schedule(**schedule) if schedule else None,
             metadata=file.metadata,
             extra_state=file.values,
+            integer=file.integer(),
         )
 
 
@@ -323,7 +340,10 @@ class _File:
         self.declared = {name: (layer.shape, layer.dtype) for name, layer in self.coded.items()}
         kinds = ("codes", "n1") if metadata["version"] == 1 else ("codes",)
         known = {f"{kind}/{name}" for kind in kinds for name in self.coded}
-        self._declare_others(key for key in header if key not in known)
+        others = [key for key in header if key not in known]
+        self._integer = [key for key in others if key.startswith("integer/")]
+        _require(isinstance(metadata.get("integer"), dict) or not self._integer, "it has tensors integer/… too many")
+        self._declare_others(key for key in others if not key.startswith("integer/"))
         total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.declared.values())
         _require(
             total <= max(_ALWAYS_ALLOWED, _MAX_EXPANSION * size), f"its {size} bytes ask for {total} bytes of memory"
@@ -337,6 +357,13 @@ class _File:
         """A tensor that is stored as it is."""
         tensor: Tensor = self._handle.get_tensor(f"tensor/{name}")
         return tensor
+
+    def integer(self) -> Record | None:
+        """The network in whole numbers, without its weights."""
+        if "integer" not in self.metadata:
+            return None
+        tensors = {key.removeprefix("integer/"): self._handle.get_tensor(key) for key in self._integer}
+        return Record(self.metadata["integer"], tensors)
 
     def decode(self) -> dict[str, Tensor]:
         """All tensors of the network; tied ones share their memory."""
@@ -459,7 +486,7 @@ def _check_metadata(metadata: Mapping[str, Any]) -> None:
     kinds = {"layers": dict, "aliases": dict, "narrowed": dict, "off_grid": list, "sha256": str}
     for key, kind in kinds.items():
         _require(isinstance(metadata.get(key), kind), f"its {key} is missing or no {kind.__name__}")
-    for key in ("bytes", "values"):
+    for key in ("bytes", "values", "integer"):
         _require(isinstance(metadata.get(key, {}), dict), f"its {key} are no dict")
     names = [*metadata["aliases"].values(), *metadata["off_grid"]]
     _require(all(isinstance(name, str) for name in names), "its aliases or off_grid are no names")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor, nn
 
-from inq_lightning.integer.operations import EXACT, Counts, Operation, Product, Scaled
+from inq_lightning.formats.contents import Record
+from inq_lightning.integer.operations import EXACT, Counts, Operation, Scaled
+from inq_lightning.integer.record import describe, weights_of
 
 _BATCH = 128  # inputs at a time: what unfolded convolutions take in memory
 
@@ -89,6 +90,18 @@ class IntegerNetwork:
             values.append(operation.run(*(values[k] for k in operation.sources)))
         return values[-1]
 
+    @classmethod
+    def plain_fields(cls) -> list[str]:
+        """Names of its attributes but the operations, which JSON can hold."""
+        return [field.name for field in fields(cls) if field.name != "operations"]
+
+    def record(self) -> Record:
+        """It without its weights, for :func:`~inq_lightning.save_packed`."""
+        described, tensors = describe(self.operations)
+        own = {name: getattr(self, name) for name in self.plain_fields()}
+        summary = {**self.counts._asdict(), "terms": self.terms, "accumulator_bits": self.accumulator_bits}
+        return Record({**own, "summary": summary, "operations": described}, tensors, weights_of(self.operations))
+
     def to_torch(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         """An ordinary module whose logits are those of :meth:`run` times 2^exponent, every one.
 
@@ -125,8 +138,3 @@ class IntegerModule(nn.Module):
         for operation, dtype in zip(network.operations, self.dtypes, strict=True):
             values.append(operation.floats(*(values[k].to(dtype) for k in operation.sources)))
         return values[-1] * 2.0**network.exponent
-
-
-def products(network: IntegerNetwork) -> Iterator[Product]:
-    """Its convolutions and linear layers."""
-    return (op for op in network.operations if isinstance(op, Product))
