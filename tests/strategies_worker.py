@@ -40,15 +40,18 @@ class Net(TinyModule):
             round. DDP divides first, FSDP2 last.
         divide_first: Which of the two.
         own_data: Every process trains on batches of its own; otherwise all on the same ones.
+        relu: Nothing in it but what whole numbers can follow.
     """
 
-    def __init__(self, copies: int = 1, divide_first: bool = False, own_data: bool = False) -> None:
+    def __init__(self, copies: int = 1, divide_first: bool = False, own_data: bool = False, relu: bool = False) -> None:
         super().__init__(sgd, decay)
         with torch.random.fork_rng():
             torch.manual_seed(3)
             self.net = nn.Sequential(
                 nn.Linear(8, 15), nn.BatchNorm1d(15), nn.ReLU(), nn.Linear(15, 1), nn.Tanh(), nn.Linear(1, 4)
             )
+            if relu:
+                self.net[4] = nn.ReLU()
         self.copies = copies
         self.divide_first = divide_first
         self.own_data = own_data

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_NEIGHBOURS = 5  # exponents that are compared: the least that holds every value, and those below it
+# Exponents that are compared, from the least that holds every value; those above it are for batches yet to come.
+_COMPARED = range(2, -5, -1)
 _UNKNOWN = -(1 << 15)  # no exponent
 
 
@@ -21,7 +22,7 @@ class PowerOfTwoActivation(nn.Module):
     """Rounds a tensor to multiples of 2^exponent, half to even, and clamps them; gradients pass straight through.
 
     Until it is calibrated it changes nothing. While ``pending``, the next batch in training mode calibrates it: the
-    exponent becomes that of the least squared error among the smallest that holds every value and the four below it,
+    exponent becomes that of the least squared error, the smallest that holds every value or one of the four below it;
     the same in all processes of a distributed run.
 
     Args:
@@ -97,14 +98,14 @@ class PowerOfTwoActivation(nn.Module):
                 f"{self.name}: the batch that calibrates its activations holds infinite values or nan; look for them "
                 "in the data, or train with a lower learning rate"
             )
+        highest = _least_exponent(top, self.high)
         if not more or not self._errors:
-            highest = _least_exponent(top, self.high)
-            self._errors = dict.fromkeys(range(highest, highest - _NEIGHBOURS, -1), 0.0)
+            self._errors = {highest + k: 0.0 for k in _COMPARED}
         errors = torch.stack([(self.rounded(values, e) - values).double().square().sum() for e in self._errors])
         for exponent, error in zip(self._errors, _over_processes(errors, "SUM").tolist(), strict=True):
             self._errors[exponent] += error
-        _, best = min((error, -exponent) for exponent, error in self._errors.items())  # the larger one of equals
-        self._set(-best)
+        *_, best = min((error, k > highest, -k, k) for k, error in self._errors.items())
+        self._set(best)
 
     def _set(self, exponent: int | None) -> None:
         self.exponent = exponent

@@ -201,6 +201,9 @@ def places(network: nn.Module, prefix: str = "") -> list[Place]:
     """
     flow = trace(network)
     wanted = {_origin(source, flow) for step in flow.steps.values() for source in _taken_rounded(step, flow)}
+    wanted |= {
+        node for node, step in flow.steps.items() if step.kind == "input" and _entrance(node, flow) not in wanted
+    }
     found, lines = [], []
     for node in flow.steps:
         if node not in wanted:
@@ -240,7 +243,15 @@ def _place(node: fx.Node, flow: Flow, network: nn.Module) -> Place | None:
         # A container would call one child more.
         if flow.calls[name] == 1 and not isinstance(network.get_submodule(name), (nn.Sequential, nn.ModuleList)):
             return Place(name, signed)
-    return None
+    users = _takers(node, flow)
+    passes = len(users) == 1 and isinstance(flow.steps[users[0]].module, (nn.Identity, nn.Dropout, nn.Dropout2d))
+    return _place(users[0], flow, network) if passes else None
+
+
+def _entrance(node: fx.Node, flow: Flow) -> fx.Node:
+    """Where an input is rounded already, on its only way to the first operation; itself otherwise."""
+    users = _takers(_taken_as(node, flow), flow)
+    return users[0] if len(users) == 1 and flow.steps[users[0]].kind == "activation" else node
 
 
 def _takers(node: fx.Node, flow: Flow) -> list[fx.Node]:

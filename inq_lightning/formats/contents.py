@@ -18,8 +18,7 @@ class Record(NamedTuple):
     Attributes:
         program: Its operations, as plain JSON values.
         tensors: What they need besides the weights, by name.
-        weights: The weights that it was made of, in units of their grids' smallest step, by parameter; empty in what
-            was read.
+        weights: The weights that it was made of, float64, by parameter; empty in what was read.
     """
 
     program: dict[str, Any]

@@ -7,9 +7,8 @@ import os
 import torch
 
 from inq_lightning.formats.packed import ArtifactError, read_packed
-from inq_lightning.grid.recognize import encode
 from inq_lightning.integer.network import IntegerNetwork
-from inq_lightning.integer.record import as_tuples, rebuild
+from inq_lightning.integer.record import as_tuples, rebuild, whole
 
 
 def load_integer(path: str | os.PathLike[str]) -> IntegerNetwork:
@@ -28,7 +27,7 @@ def load_integer(path: str | os.PathLike[str]) -> IntegerNetwork:
         raise ArtifactError(f"{path} holds no integer network; save it with save_packed(…, integer=lower(…))")
     try:
         weights = {
-            layer.name: layer.grid.multiples(encode(layer.grid, contents.state_dict[layer.name])).to(torch.int32)
+            layer.name: whole(layer.grid, contents.state_dict[layer.name])[0].to(torch.int32)
             for layer in layers
             if layer.grid is not None
         }

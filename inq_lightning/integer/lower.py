@@ -17,7 +17,6 @@ from inq_lightning.core.flow import INPUT, Flow, Step, network_of, trace
 from inq_lightning.core.layer import Layer, named_weights
 from inq_lightning.formats.layers import find_grids
 from inq_lightning.grid import Grid
-from inq_lightning.grid.recognize import encode
 from inq_lightning.integer.network import IntegerNetwork
 from inq_lightning.integer.operations import (
     Average,
@@ -31,6 +30,7 @@ from inq_lightning.integer.operations import (
     Slice,
     Sum,
 )
+from inq_lightning.integer.record import whole
 from inq_lightning.integer.scaling import fit_scaling
 
 MOST_TERMS = 4
@@ -170,7 +170,11 @@ class _Lowering:
         value = self.values[source]
         if isinstance(value, _Value):
             return value
-        raise ValueError(
+        raise self._not_rounded(step)
+
+    def _not_rounded(self, step: Step) -> ValueError:
+        source = next(s for s in step.sources if isinstance(self.values[s], _Pending))
+        return ValueError(
             f"{self._name(step)} takes what {self.prefix}{self.flow.where(source)} returns, which is not rounded; let "
             "quantize_activations put activations in place, and train or calibrate them"
         )
@@ -298,18 +302,19 @@ class _Lowering:
                 f"{self._name(step)} takes inputs of shape {value.shape}; a linear layer takes one dimension here, so "
                 "flatten them"
             )
-        weight = grid.multiples(encode(grid, module.weight).cpu()).to(torch.int64)
-        if bool((weight.abs() > 1 << 30).any()):
-            raise ValueError(f"{self._name(step)}: its weights span more than 30 powers of two; give it fewer bits")
+        try:
+            weight, unit = whole(grid, module.weight)
+        except ValueError as error:
+            raise ValueError(f"{self._name(step)}: {error}") from error
         rows = weight.flatten(1)
         peaks = torch.maximum(
             rows.clamp(min=0).sum(1) * value.high - rows.clamp(max=0).sum(1) * -value.low,
             -(rows.clamp(min=0).sum(1) * value.low + rows.clamp(max=0).sum(1) * value.high),
         )
-        make: Any = partial(Product, sources=(value.place,), weight=weight.to(torch.int32), bits=grid.bits)
+        make: Any = partial(Product, sources=(value.place,), weight=weight.to(torch.int32), unit=unit, bits=grid.bits)
         if isinstance(module, nn.Conv2d):
             make = partial(make, **_geometry(self._name(step), module))
-        pending = self._pending(step, make, value.exponent + grid.step, peaks)
+        pending = self._pending(step, make, value.exponent + unit, peaks)
         if module.bias is not None:
             pending.before = module.bias.double().cpu()
         return pending
@@ -450,7 +455,7 @@ class _Lowering:
         if isinstance(value, _Pending):
             same = after[:1] == value.shape[:1] and set(after[1:] + value.shape[1:]) <= {1}
             if after != value.shape and not same:
-                raise ValueError(f"{self._name(step)} moves what is not rounded yet; round it before")
+                raise self._not_rounded(step)
             return replace(value, shape=after)
         if step.function == "pad" or isinstance(step.module, nn.ZeroPad2d):
             return self._pad(step, value)

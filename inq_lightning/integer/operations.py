@@ -136,6 +136,7 @@ class Product(Scaled):
 
     Attributes:
         weight: 0 or ± powers of two: int32 of shape (out, in / groups, height, width) or (out, in).
+        unit: A weight of w stands for w · 2^unit.
         bits: Code length of one weight.
         stride: Of a convolution.
         padding: Zeros left, right, above and below.
@@ -144,6 +145,7 @@ class Product(Scaled):
     """
 
     weight: Tensor
+    unit: int
     bits: int
     stride: Pair = (1, 1)
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)

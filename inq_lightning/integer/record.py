@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inq_lightning.grid import Grid
+from inq_lightning.grid.recognize import encode
 from inq_lightning.integer import operations
 from inq_lightning.integer.operations import Operation, Product
 from inq_lightning.integer.scaling import Scaling
@@ -27,6 +29,7 @@ _KINDS: dict[str, type[Operation]] = {
         operations.Concat,
     )
 }
+_MOST = 30  # powers of two between the least and the largest weight
 _TENSORS = ("signs", "lefts", "bias", "rights")  # of a scaling
 
 
@@ -46,14 +49,28 @@ def describe(program: Iterable[Operation]) -> tuple[list[dict[str, Any]], dict[s
     return described, tensors
 
 
+def whole(grid: Grid, weight: Tensor) -> tuple[Tensor, int]:
+    """Weights on their grid as whole numbers as small as can be, int64, and the exponent of their unit.
+
+    Raises:
+        ValueError: They span more than 30 powers of two.
+    """
+    multiples = grid.multiples(encode(grid, weight.detach()).cpu()).double()
+    exponents = torch.frexp(multiples[multiples != 0]).exponent - 1
+    least, most = (int(exponents.min()), int(exponents.max())) if len(exponents) else (0, 0)
+    if most - least > _MOST:
+        raise ValueError(f"its weights span {most - least} powers of two, {_MOST} are possible; give it fewer bits")
+    return (multiples * 2.0**-least).to(torch.int64), grid.step + least
+
+
 def weight_name(operation: str) -> str:
     """The parameter that a product multiplies with."""
     return f"{operation}.weight"
 
 
 def weights_of(program: Iterable[Operation]) -> dict[str, Tensor]:
-    """The weights of all products, by their parameters."""
-    return {weight_name(op.name): op.weight for op in program if isinstance(op, Product)}
+    """The weights of all products, by their parameters, in floats."""
+    return {weight_name(op.name): op.weight.double() * 2.0**op.unit for op in program if isinstance(op, Product)}
 
 
 def rebuild(

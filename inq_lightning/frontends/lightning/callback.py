@@ -51,6 +51,7 @@ class INQCallback(Standing, Callback):
         self._hooked = False  # whether every optimizer takes a step hook
         self._bypassed = False  # whether weights may move after the last step hook
         self._finished: Quantizer | None = None  # the run before, until another one trains
+        self._prepared = False  # whether activations are in place
 
     # ---- what users ask ----------------------------------------------------------------------------------------------
 
@@ -87,12 +88,14 @@ class INQCallback(Standing, Callback):
             self._start_with(Quantizer(self.options))
             self._finished = finished
             record.RecordingIO.insert(trainer)
-        if any(True for _ in pl_module.parameters()):  # otherwise configure_model makes them
+        self._prepared = any(True for _ in pl_module.parameters())  # otherwise configure_model makes them
+        if self._prepared:
             self.quantizer.prepare(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember learning rates and schedulers as they were configured, before a checkpoint changes them."""
-        self.quantizer.prepare(pl_module)
+        if not self._prepared:
+            self.quantizer.prepare(pl_module)
         self.quantizer.configure(trainer.optimizers, rates.schedulers(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

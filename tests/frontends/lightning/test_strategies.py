@@ -141,6 +141,29 @@ def test_processes_with_data_of_their_own_freeze_the_same_weights(tmp_path: Path
         assert_same(first, second, losses=False)
 
 
+def test_processes_with_data_of_their_own_agree_on_every_scale_of_activations_and_resume_with_them(
+    tmp_path: Path,
+) -> None:
+    job = {"net": {"own_data": True, "relu": True}, "inq": {"bits": 4, "activation_bits": 4}}
+    strategies = {"ddp": {"strategy": "ddp", "devices": 2}, "fsdp": {"fsdp": 2, "whole_file": False}}
+    jobs = []
+    for name, strategy in strategies.items():
+        path = tmp_path / name / ("step=6.ckpt")
+        jobs.append({"out": str(tmp_path / name), "save": 6, **job, **strategy})
+        jobs.append({"out": str(tmp_path / f"{name}-resumed"), "ckpt_path": str(path), **job, **strategy})
+    launch(2, fit_all, jobs)
+    for name in strategies:
+        first, second = results(tmp_path / name, 2)
+        grids = {n: g for n, g in first["buffers"].items() if n.endswith(".grid")}
+        assert list(grids) == ["net.0.inq_input.grid", "net.2.inq_activation.grid", "net.4.inq_activation.grid"]
+        assert all(-20 < int(grid[0]) < 8 for grid in grids.values())
+        resumed = results(tmp_path / f"{name}-resumed", 2)
+        for other in (second, *resumed):
+            assert all(torch.equal(other["buffers"][n], grid) for n, grid in grids.items())
+        for rank, again in zip((first, second), resumed, strict=True):
+            assert all(same_bits(again["weights"][n], w) for n, w in rank["weights"].items())
+
+
 @pytest.mark.parametrize(
     "strategies",
     [
