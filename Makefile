@@ -17,7 +17,7 @@ $(VENV)/installed: pyproject.toml constraints.txt requirements-dev.txt
 	touch $@
 
 demo: $(VENV)/installed  ## pre-train, quantize, test and report on real images
-	OMP_NUM_THREADS=1 $(BIN)/inq-train  # 8x8 images leave nothing for a second thread to do
+	OMP_NUM_THREADS=1 $(BIN)/inq-train inq.activation_bits=8  # 8x8 images leave nothing for a second thread to do
 
 test: lint  ## lint, types and the default tests
 	$(BIN)/pytest -n 2 --dist worksteal  # neighbours share set-ups, so they stay together until one worker is idle

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inq_lightning.closed_form.feeding import Call, read_batches
 from inq_lightning.closed_form.norms import Channels, Norm, refit
 from inq_lightning.closed_form.solve import Moments, approach, damped, target
 from inq_lightning.closed_form.watch import Capture, Enough, Trace, Use
+from inq_lightning.core.activations import calibrate, places, quantize_activations
 from inq_lightning.core.coverage import Coverage
+from inq_lightning.core.feeding import Call, read_batches
+from inq_lightning.core.flow import network_of
 from inq_lightning.core.frozen import fit_levels
 from inq_lightning.core.layer import Layer, computed_tensors, plain_name
 from inq_lightning.core.selection import Selection, select_parameters
@@ -67,6 +69,9 @@ def quantize(
     exclude: Sequence[str] = (),
     layer_bits: Mapping[str, int] | None = None,
     embeddings: bool = False,
+    activation_bits: int | None = None,
+    layer_activation_bits: Mapping[str, int] | None = None,
+    input_bits: int = 8,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> ClosedForm:
     """Quantize a trained network without training it, on some hundred inputs and no labels.
@@ -94,6 +99,10 @@ def quantize(
         exclude: Leave out parameters that match one of these patterns.
         layer_bits: Bit widths for what matches a pattern, for instance ``{"net.conv1": 8, "net.fc": 8}``.
         embeddings: Whether to quantize embedding tables too, to the nearest levels.
+        activation_bits: Width of activations, which are then calibrated on the same inputs, see
+            :func:`~inq_lightning.quantize_activations`; None leaves them as they are.
+        layer_activation_bits: Widths for the outputs of layers that match a pattern.
+        input_bits: Width of the network's input, where activations are rounded.
         progress: Called with steps done, steps in all, and the name of the step that begins; once more at the end.
 
     Returns:
@@ -115,8 +124,15 @@ def quantize(
         embeddings=embeddings,
         trainable_only=False,
     )
+    if activation_bits is not None:
+        places(*network_of(model))  # refused before the work
     with _undisturbed():
-        return _Walk(model, selected, read_batches(model, batches)).run(progress or (lambda *step: None))
+        calls = read_batches(model, batches)
+        found = _Walk(model, selected, calls).run(progress or (lambda *step: None))
+        if activation_bits is not None:
+            quantize_activations(found.model, activation_bits, input_bits=input_bits, layer_bits=layer_activation_bits)
+            calibrate(found.model, calls)
+        return found
 
 
 @contextmanager

@@ -53,6 +53,20 @@ class PowerOfTwoActivation(nn.Module):
         self._errors: dict[int, float] = {}
         self.register_buffer("grid", torch.tensor([_UNKNOWN, self.low, self.high], dtype=torch.int32))
 
+    @classmethod
+    def of(cls, grid: Tensor, name: str = "") -> PowerOfTwoActivation:
+        """One of which only the saved ``grid`` is known.
+
+        Raises:
+            ValueError: It is none.
+        """
+        if grid.shape != (3,):
+            raise ValueError(f"{name}: a grid of activations has three numbers, this has the shape {tuple(grid.shape)}")
+        exponent, low, high = grid.tolist()
+        activation = cls((high - low).bit_length(), low < 0, name)
+        activation._set(None if exponent == _UNKNOWN else exponent)
+        return activation
+
     @property
     def bits(self) -> int:
         """Code length of one value."""

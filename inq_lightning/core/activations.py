@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from inq_lightning.core.activation import PowerOfTwoActivation, check_activation_bits
+from inq_lightning.core.feeding import Call, evaluating, read_batches
 from inq_lightning.core.flow import INPUT, OUTPUT, Flow, Step, name_of, network_of, trace
 from inq_lightning.core.patterns import Patterns
 
@@ -106,8 +107,8 @@ def saved_activations(model: nn.Module, state: Mapping[str, Any]) -> Iterator[No
     for name, tensor in state.items():
         holder, _, attribute = name.removesuffix(".grid").rpartition(".")
         if is_saved_activation(name) and holder in modules and not hasattr(modules[holder], attribute):
-            _, low, high = tensor.tolist()
-            handle = _attach(modules[holder], attribute, (high - low).bit_length(), low < 0, holder)
+            saved = PowerOfTwoActivation.of(tensor, holder)
+            handle = _attach(modules[holder], attribute, saved.bits, saved.signed, holder)
             attached.append((modules[holder], attribute, handle))
     try:
         yield
@@ -118,20 +119,29 @@ def saved_activations(model: nn.Module, state: Mapping[str, Any]) -> Iterator[No
         raise
 
 
-@torch.no_grad()
 def calibrate_activations(model: nn.Module, batches: Iterable[Any]) -> None:
     """Calibrate all activations of a network on batches, without training: each for the least squared error over all.
 
     Args:
         model: The network, after :func:`quantize_activations`; its mode and its buffers stay.
-        batches: What it takes: a tensor, or a tuple or list of its inputs, each.
+        batches: Inputs such as it was trained on: a list or a DataLoader, as for :func:`~inq_lightning.quantize`.
 
     Raises:
-        ValueError: It has no activations, a batch holds nan, or an activation has seen no batch.
+        ValueError: It has no activations, there is no batch, one holds nan, or an activation has seen none.
+    """
+    if not activations_of(model):
+        raise ValueError("the network has no activations to calibrate; call quantize_activations before")
+    calibrate(model, read_batches(model, batches))
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, calls: Iterable[Call]) -> None:
+    """The same with the arguments of each forward pass.
+
+    Raises:
+        ValueError: An activation has seen none.
     """
     found = activations_of(model)
-    if not found:
-        raise ValueError("the network has no activations to calibrate; call quantize_activations before")
     seen: set[nn.Module] = set()
 
     def observe(module: nn.Module, args: Any) -> None:
@@ -141,9 +151,9 @@ def calibrate_activations(model: nn.Module, batches: Iterable[Any]) -> None:
 
     handles = [activation.register_forward_pre_hook(observe) for activation in found.values()]
     try:
-        with _evaluating(model):
-            for batch in batches:
-                model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+        with evaluating(model):
+            for args, kwargs in calls:
+                model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
@@ -152,17 +162,6 @@ def calibrate_activations(model: nn.Module, batches: Iterable[Any]) -> None:
         raise ValueError(f"no batch has reached {', '.join(missing)}, so there is nothing to calibrate them by")
     for activation in found.values():
         activation.pending = False
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _attach(module: nn.Module, attribute: str, bits: int, signed: bool, name: str) -> RemovableHandle:

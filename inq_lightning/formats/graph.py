@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from inq_lightning._common import LazyExtra
+from inq_lightning.core.feeding import evaluating
 from inq_lightning.core.layer import named_weights
 from inq_lightning.grid import Grid
 from inq_lightning.grid.recognize import encode
@@ -231,17 +232,13 @@ def _output_axis(layer: Any) -> int | None:
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, without what an export may leave behind in torch."""
-    modes = {module: module.training for module in model.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # attention in one fused operator, which ONNX lacks
-        model.eval()
-        with torch.random.fork_rng(devices=[]):
+        with evaluating(model), torch.random.fork_rng(devices=[]):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager

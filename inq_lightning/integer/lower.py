@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from inq_lightning.core.activation import PowerOfTwoActivation
+from inq_lightning.core.feeding import evaluating
 from inq_lightning.core.flow import INPUT, Flow, Step, network_of, trace
 from inq_lightning.core.layer import Layer, named_weights
 from inq_lightning.formats.layers import find_grids
@@ -65,9 +65,10 @@ def lower(
     if bool(images.isnan().any()):
         raise ValueError("images hold nan; look for it in the data")
     network, prefix = network_of(model)
+    images = images.to(next((t.device for t in (*network.parameters(), *network.buffers())), images.device))
     grids = find_grids(model, layers)
     owners = {id(p): grids[name] for name, p in named_weights(model) if name in grids}
-    with _evaluating(network), torch.no_grad():
+    with evaluating(network), torch.no_grad():
         flow = trace(network)
         ShapeProp(flow.module).propagate(images[:1].expand(_TRIED, *images.shape[1:]))
         found = [
@@ -77,7 +78,7 @@ def lower(
         predicted = _decisions(network, images)
         compared = []
         for one in found:
-            changed = int((_decisions(one.to_torch(torch.float32), images) != predicted).sum())
+            changed = int((_decisions(one.to_torch(torch.float32), images.cpu()) != predicted).sum())
             compared.append(replace(one, images=len(images), changed=changed))
     allowed = min(one.changed for one in compared) + _STAYS * len(images)
     return next(one for one in compared if one.changed <= allowed)
@@ -86,17 +87,6 @@ def lower(
 def _decisions(network: nn.Module, images: Tensor) -> Tensor:
     logits = torch.cat([network(part).flatten(1).cpu() for part in torch.split(images, 128)])
     return logits.argmax(1) if logits.shape[1] > 1 else logits[:, 0] > 0
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Any:
-    modes = {module: module.training for module in network.modules()}
-    try:
-        network.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @dataclass

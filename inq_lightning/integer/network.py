@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor, nn
 
+from inq_lightning.core.flow import network_of
+from inq_lightning.core.size import bytes_at
 from inq_lightning.formats.contents import Record
-from inq_lightning.integer.operations import EXACT, Counts, Operation, Scaled
+from inq_lightning.integer.operations import EXACT, Counts, Operation, Product, Scaled
 from inq_lightning.integer.record import describe, weights_of
 
 _BATCH = 128  # inputs at a time: what unfolded convolutions take in memory
@@ -90,6 +94,19 @@ class IntegerNetwork:
             values.append(operation.run(*(values[k] for k in operation.sources)))
         return values[-1]
 
+    @property
+    def bytes(self) -> int:
+        """Size of weights, factors and biases, as small as they can be packed."""
+        scalings = [op.scaling for op in self.operations if isinstance(op, Scaled)]
+        numbers = sum(2 * s.signs.numel() + s.rights.numel() + 4 * s.bias.numel() for s in scalings)
+        return numbers + sum(bytes_at(op.weight.numel(), op.bits) for op in self.operations if isinstance(op, Product))
+
+    @property
+    def summary(self) -> dict[str, int]:
+        """What it takes, as plain numbers: operations for one input, bits, bytes, and what lowering has changed."""
+        own = {name: getattr(self, name) for name in ("terms", "accumulator_bits", "bytes", "images", "changed")}
+        return {**self.counts._asdict(), **own}
+
     @classmethod
     def plain_fields(cls) -> list[str]:
         """Names of its attributes but the operations, which JSON can hold."""
@@ -99,8 +116,23 @@ class IntegerNetwork:
         """It without its weights, for :func:`~inq_lightning.save_packed`."""
         described, tensors = describe(self.operations)
         own = {name: getattr(self, name) for name in self.plain_fields()}
-        summary = {**self.counts._asdict(), "terms": self.terms, "accumulator_bits": self.accumulator_bits}
-        return Record({**own, "summary": summary, "operations": described}, tensors, weights_of(self.operations))
+        program = {**own, "summary": self.summary, "operations": described}
+        return Record(program, tensors, weights_of(self.operations))
+
+    @contextmanager
+    def computing(self, module: nn.Module) -> Iterator[None]:
+        """Let a module that holds the network compute with whole numbers, as ``trainer.test(module)`` then does.
+
+        Args:
+            module: What :func:`~inq_lightning.lower` was given: the network, or a LightningModule whose steps call it,
+                by its forward where it has one of its own.
+        """
+        network, _ = network_of(module)
+        network.forward = self.to_torch(torch.float32).forward
+        try:
+            yield
+        finally:
+            del network.forward
 
     def to_torch(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         """An ordinary module whose logits are those of :meth:`run` times 2^exponent, every one.
@@ -132,6 +164,10 @@ class IntegerModule(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps (batch, *shape) of a floating type to logits of shape (batch, classes), float64 or float32."""
+        with torch.autocast(images.device.type, enabled=False):  # its types are not exact
+            return self._compute(images)
+
+    def _compute(self, images: Tensor) -> Tensor:
         network = self.network
         steps = (images.double() * 2.0**-network.input_exponent).round()
         values = [steps.clamp(network.input_low, network.input_high)]

@@ -12,13 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from pytorch_lightning import LightningDataModule, LightningModule, seed_everything
-from torch import Tensor
 
 from inq_lightning._common import import_extra
 from inq_lightning.closed_form.quantize import quantize
@@ -26,7 +25,7 @@ from inq_lightning.core.options import Options
 from inq_lightning.formats.packed import save_packed
 from inq_lightning.recipes.command import accept_json, prepare
 from inq_lightning.recipes.config import register_training
-from inq_lightning.recipes.stages import build_trainer, test
+from inq_lightning.recipes.stages import build_trainer, first_images, test, test_whole, whole_numbers
 from inq_lightning.recipes.start import Start, load_weights
 from inq_lightning.report.run import Report, print_json
 from inq_lightning.report.tables import report_table
@@ -34,7 +33,10 @@ from inq_lightning.report.tables import report_table
 register_training()
 
 #: Options of INQ that say something without training.
-USED = ("bits", "levels", "layer_levels", "include", "exclude", "layer_bits", "embeddings")
+USED = (
+    *("bits", "levels", "layer_levels", "include", "exclude", "layer_bits", "embeddings"),
+    *("activation_bits", "layer_activation_bits", "input_bits"),
+)
 
 
 def command() -> None:
@@ -72,12 +74,16 @@ def run(cfg: DictConfig, console: Any) -> None:
     load_weights(module, weights, cfg)
     trainer = build_trainer(cfg, [])
     before = test(trainer, module, data)
+    images = first_images(data, cfg.images)
     with shown(console, cfg.output == "rich") as progress:
-        found = quantize(module, first_images(data, cfg.images), **options, progress=progress)
-    after = test(trainer, found.model, data)  # type: ignore[arg-type]
-    report = Report.of(found.model, found.layers, before, after, time.monotonic() - begun, found.coverage)
+        found = quantize(module, images, **options, progress=progress)
+    quantized = cast(LightningModule, found.model)
+    after = test(trainer, quantized, data)
+    whole = whole_numbers(quantized, images, found.layers) if options["activation_bits"] is not None else None
+    integer = None if whole is None else test_whole(trainer, quantized, data, whole)
+    report = Report.of(found.model, found.layers, before, after, time.monotonic() - begun, found.coverage, integer)
     report.write(folder / "report.json")
-    save_packed(found.model, folder / "quantized.safetensors", layers=found.layers)
+    save_packed(found.model, folder / "quantized.safetensors", layers=found.layers, integer=whole)
     if cfg.output == "json":
         print_json(event="report", **report.as_dict(), folder=str(folder))
     console.print(report_table(report))
@@ -99,20 +105,6 @@ def used_options(cfg: DictConfig) -> dict[str, Any]:
     if idle:
         raise ValueError(f"{', '.join(idle)} would do nothing without training; leave out, or use inq-train")
     return {name: getattr(options, name) for name in USED}
-
-
-def first_images(data: LightningDataModule, count: int) -> list[Tensor]:
-    """The first training batches, of so many images in all."""
-    data.prepare_data()
-    data.setup("fit")
-    batches: list[Tensor] = []
-    for batch in data.train_dataloader():
-        images = batch[0] if isinstance(batch, (tuple, list)) else batch
-        batches.append(images[:count])
-        count -= len(batches[-1])
-        if not count:
-            break
-    return batches
 
 
 @contextmanager

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import LearningRateMonitor, ProgressBar
+from torch import Tensor
 
+from inq_lightning.core.layer import Layer
 from inq_lightning.formats.checkpoint import withholding
 from inq_lightning.frontends.lightning.callback import INQCallback
 from inq_lightning.frontends.lightning.jsonlines import JSONLines
 from inq_lightning.frontends.lightning.monitor import INQMonitor
+from inq_lightning.integer.lower import lower
+from inq_lightning.integer.network import IntegerNetwork
 from inq_lightning.recipes.start import Start, load_weights
 
 
@@ -82,6 +88,37 @@ def test(trainer: Trainer, module: LightningModule, data: LightningDataModule) -
     return {
         name: float(value) for metrics in trainer.test(module, data, verbose=False) for name, value in metrics.items()
     }
+
+
+def first_images(data: LightningDataModule, count: int) -> list[Tensor]:
+    """The first training batches, of so many images in all."""
+    data.prepare_data()
+    data.setup("fit")
+    batches: list[Tensor] = []
+    for batch in data.train_dataloader():
+        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        batches.append(images[:count])
+        count -= len(batches[-1])
+        if not count:
+            break
+    return batches
+
+
+def whole_numbers(module: LightningModule, images: Sequence[Tensor], layers: Sequence[Layer]) -> IntegerNetwork | None:
+    """The network in whole numbers; None, and a warning, where it cannot become one."""
+    try:
+        return lower(module, torch.cat(list(images)), layers=layers)
+    except ValueError as error:
+        logging.getLogger(__name__).warning("the network was not turned into whole numbers: %s", error)
+        return None
+
+
+def test_whole(
+    trainer: Trainer, module: LightningModule, data: LightningDataModule, network: IntegerNetwork
+) -> dict[str, Any]:
+    """Test metrics of a network in whole numbers, and what it takes."""
+    with network.computing(module):
+        return {"metrics": test(trainer, module, data), **network.summary}
 
 
 def build_trainer(cfg: DictConfig, callbacks: Sequence[Callback]) -> Trainer:

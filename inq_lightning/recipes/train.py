@@ -21,14 +21,25 @@ from pytorch_lightning import LightningDataModule, LightningModule, seed_everyth
 
 from inq_lightning.formats.packed import save_packed
 from inq_lightning.frontends.lightning.callback import INQCallback
+from inq_lightning.integer.network import IntegerNetwork
 from inq_lightning.recipes.command import accept_json, prepare
 from inq_lightning.recipes.config import register_training
-from inq_lightning.recipes.stages import FullPrecision, pretrain, quantize, test
+from inq_lightning.recipes.stages import (
+    FullPrecision,
+    first_images,
+    pretrain,
+    quantize,
+    test,
+    test_whole,
+    whole_numbers,
+)
 from inq_lightning.recipes.start import Start, plan_epochs
 from inq_lightning.report.run import Report, print_json
 from inq_lightning.report.tables import report_table
 
 register_training()
+
+IMAGES = 512  # by which the predictions of a network in whole numbers are compared
 
 
 def command() -> None:
@@ -61,24 +72,28 @@ def train(cfg: DictConfig, console: Any) -> None:
         start = pretrain(cfg, start, data, inq, carried)
     trainer, module = quantize(cfg, start, data, inq, carried)
     after = test(trainer, module, data)
-    report = Report.of(module, inq.layers, carried.metrics, after, carried.seconds, inq.coverage)
+    whole = None
+    if inq.options.activation_bits is not None and inq.quantized_fraction == 1 and not inq.quantizer.sharded:
+        whole = whole_numbers(module, first_images(data, IMAGES), inq.layers)
+    integer = None if whole is None else test_whole(trainer, module, data, whole)
+    report = Report.of(module, inq.layers, carried.metrics, after, carried.seconds, inq.coverage, integer)
 
     folder = Path(cfg.output_dir)
     trainer.save_checkpoint(folder / "quantized.ckpt", weights_only=False)
     if trainer.is_global_zero:
         report.write(folder / "report.json")
         if inq.quantized_fraction == 1:
-            pack(module, inq, folder / "quantized.safetensors")
+            pack(module, inq, whole, folder / "quantized.safetensors")
         if cfg.output == "json":
             print_json(event="report", **report.as_dict(), folder=str(folder))
         console.print(report_table(report))
         console.print(f"Checkpoint, report and logs are in {folder}", soft_wrap=True, markup=False)
 
 
-def pack(module: LightningModule, inq: INQCallback, path: Path) -> None:
+def pack(module: LightningModule, inq: INQCallback, whole: IntegerNetwork | None, path: Path) -> None:
     """Write the artifact, unless the module's state is of a kind that it cannot hold, such as sharded weights."""
     try:
-        save_packed(module, path, layers=inq.layers, schedule=inq.options.phases)
+        save_packed(module, path, layers=inq.layers, schedule=inq.options.phases, integer=whole)
     except ValueError as error:
         logging.getLogger(__name__).warning("%s was not written: %s", path.name, error)
 

@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from inq_lightning.core.activation import PowerOfTwoActivation
+from inq_lightning.core.activations import is_saved_activation
+from inq_lightning.core.flow import INPUT
 from inq_lightning.core.layer import Layer
 from inq_lightning.core.schedule import Schedule
 from inq_lightning.core.size import bytes_at, signal_and_noise, snr_db
@@ -56,6 +59,31 @@ class InspectedLayer(Layer):
         return super().as_dict() | {"n1": self.n1, "n2": self.n2, "snr_db": finite}
 
 
+class InspectedActivation(NamedTuple):
+    """Where activations are rounded, and how.
+
+    Attributes:
+        name: The layer behind which, or before whose input.
+        before: Whether it is the layer's input.
+        bits: Code length of one value.
+        signed: Whether there are negative codes.
+        exponent: Of the step; None where it is not calibrated yet.
+    """
+
+    name: str
+    before: bool
+    bits: int
+    signed: bool
+    exponent: int | None
+
+    @classmethod
+    def of(cls, name: str, grid: Tensor) -> InspectedActivation:
+        """Read what a state_dict keeps of it."""
+        activation = PowerOfTwoActivation.of(grid)
+        holder, _, attribute = name.removesuffix(".grid").rpartition(".")
+        return cls(holder, attribute == INPUT, activation.bits, activation.signed, activation.exponent)
+
+
 @dataclass(frozen=True)
 class Inspection:
     """What a file holds.
@@ -70,6 +98,9 @@ class Inspection:
         reasons: Why weights are not quantized, by name, where the file tells.
         schedule: Portions, starts and unit of the run; None where the file does not tell.
         phase: How many portions had begun; None where the file does not tell.
+        activations: Where activations are rounded, and how.
+        integer: What the network in whole numbers takes, see :attr:`~inq_lightning.IntegerNetwork.summary`; None where
+            the file has none.
     """
 
     kind: str
@@ -79,6 +110,8 @@ class Inspection:
     reasons: Mapping[str, str] = field(default_factory=dict)
     schedule: Schedule | None = None
     phase: int | None = None
+    activations: tuple[InspectedActivation, ...] = ()
+    integer: Mapping[str, int] | None = None
 
     @property
     def fully_quantized(self) -> bool:
@@ -109,6 +142,7 @@ class Inspection:
         """Everything as plain JSON values."""
         derived = ("fully_quantized", "quantized_fraction", "left_out", "bytes_before", "bytes_after")
         values = asdict(self) | {"layers": [layer.as_dict() for layer in self.layers]}
+        values["integer"] = None if self.integer is None else dict(self.integer)
         del values["reasons"]  # left_out has them
         return values | {name: getattr(self, name) for name in derived}
 
@@ -165,6 +199,12 @@ def inspect_file(path: str | Path, reference: str | Path | None = None) -> Inspe
         reasons=contents.metadata.get("left_out", {}),
         schedule=contents.schedule,
         phase=contents.phase,
+        activations=tuple(
+            InspectedActivation.of(name, tensor)
+            for name, tensor in contents.state_dict.items()
+            if is_saved_activation(name)
+        ),
+        integer=None if contents.integer is None else contents.integer.program.get("summary"),
     )
 
 

@@ -35,6 +35,7 @@ class Report:
         seconds: Wall time of pre-training and quantization, tests included.
         coverage: How much of the network's matrices that is, and why the others are not quantized; None where nobody
             has said it.
+        integer: Of the network in whole numbers: its test ``metrics``, and what its ``summary`` says; None without one.
     """
 
     before: dict[str, float]
@@ -48,6 +49,7 @@ class Report:
     bits_per_weight: float
     seconds: float
     coverage: Coverage | None = None
+    integer: dict[str, Any] | None = None
 
     @classmethod
     def of(
@@ -58,6 +60,7 @@ class Report:
         after: Mapping[str, float],
         seconds: float,
         coverage: Coverage | None = None,
+        integer: Mapping[str, Any] | None = None,
     ) -> Report:
         """Gather what the module and the records of its layers tell.
 
@@ -68,6 +71,7 @@ class Report:
             after: Test metrics of the quantized network.
             seconds: Wall time.
             coverage: `INQCallback.coverage`.
+            integer: Metrics and summary of the network in whole numbers.
         """
         layers = list(layers)
         widths = {layer.name: layer.bits for layer in layers}
@@ -91,11 +95,15 @@ class Report:
             bits_per_weight=size.bits / size.weights,
             seconds=seconds,
             coverage=coverage,
+            integer=None if integer is None else dict(integer),
         )
 
     def as_dict(self) -> dict[str, Any]:
         """The report's fields for JSON, which has no nan and no infinity: a metric without a finite value is None."""
-        return asdict(self) | {"before": finite(self.before), "after": finite(self.after)}
+        values = asdict(self) | {"before": finite(self.before), "after": finite(self.after)}
+        if self.integer is not None:
+            values["integer"] = self.integer | {"metrics": finite(self.integer["metrics"])}
+        return values
 
     def write(self, path: Path) -> None:
         """Write the report as JSON; ``path`` appears only once it is complete."""

@@ -81,6 +81,15 @@ def inspection_table(inspection: Inspection) -> Group:
             f"{layer.bytes_after:,}",
         )
 
+    activations = tables.Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    activations.add_column("activations", overflow="fold")
+    _numbers(activations, "bits", "codes", "step")
+    for one in inspection.activations:
+        step = "" if one.exponent is None else f"2^{one.exponent}"
+        low, high = (-(1 << (one.bits - 1)), (1 << (one.bits - 1)) - 1) if one.signed else (0, (1 << one.bits) - 1)
+        where = f"into {one.name}" if one.before else one.name
+        activations.add_row(markup.escape(where.strip()), str(one.bits), f"{low}…{high}", step)
+
     summary = tables.Table(box=None, pad_edge=False, show_header=False)
     summary.add_column("")
     summary.add_column("", overflow="fold")
@@ -96,9 +105,20 @@ def inspection_table(inspection: Inspection) -> Group:
     for reason in dict.fromkeys(inspection.left_out.values()):
         names = group_names(name for name, why in inspection.left_out.items() if why == reason)
         summary.add_row(f"not quantized{reason and f' ({reason})'}", markup.escape(", ".join(names)))
+    if inspection.activations:
+        bits = sorted({one.bits for one in inspection.activations})
+        summary.add_row("activations", f"rounded in {len(inspection.activations)} places, to {_list(bits)} bits")
+    if inspection.integer is not None:
+        whole = inspection.integer
+        counts = f"{whole['additions']:,} additions and {whole['shifts']:,} shifts an input"
+        summary.add_row("whole numbers", f"{counts} for {whole['multiplications']:,} multiplications")
+        norms = f"{whole['terms']} powers of two a factor, accumulators of {whole['accumulator_bits']} bits"
+        summary.add_row("", f"{norms}, {whole['bytes']:,} bytes")
+        summary.add_row("", f"other predictions for {whole['changed']} of {whole['images']} inputs")
     summary.add_row("all tensors", f"{inspection.bytes_before:,} bytes before, {inspection.bytes_after:,} after")
     summary.add_row("file", f"{inspection.file_bytes:,} bytes")
-    group: Group = rich.Group(layers, "", summary)
+    parts = [layers, "", *([activations, ""] if inspection.activations else []), summary]
+    group: Group = rich.Group(*parts)
     return group
 
 
@@ -106,24 +126,31 @@ def report_table(report: Report) -> Table:
     """Before and after of a quantization."""
     table: Table = tables.Table(title="Incremental Network Quantization")
     table.add_column("")
-    _numbers(table, "full precision", "quantized")
+    whole = report.integer
+    _numbers(table, "full precision", "quantized", *([] if whole is None else ["whole numbers"]))
     for metric in report.before | report.after:
-        before, after = report.before.get(metric), report.after.get(metric)
-        table.add_row(markup.escape(metric), _text(before, ".4f"), _text(after, ".4f"))
+        found = [m.get(metric) for m in (report.before, report.after, *([] if whole is None else [whole["metrics"]]))]
+        table.add_row(markup.escape(metric), *(_text(value, ".4f") for value in found))
     table.add_row("quantized fraction", "0", f"{report.quantized_fraction:.6g}")
     table.add_row("bits of a quantized weight", "", _list(report.bits))
     if report.coverage is not None:
         _add_coverage(table, report.coverage)
     table.add_row("levels in use", "", f"{report.levels_used} of {report.levels_allowed}")
-    table.add_row("size of all parameters", _kibibytes(report.bytes_before), _kibibytes(report.bytes_after))
+    sizes = [report.bytes_before, report.bytes_after, *([] if whole is None else [whole["bytes"]])]
+    table.add_row("size of all parameters", *map(_kibibytes, sizes))
     table.add_row("bits a parameter", "", f"{report.bits_per_weight:.2f}")
+    if whole is not None:
+        multiplications = f"{whole['multiplications']:,}"
+        table.add_row("multiplications an input", multiplications, multiplications, "0")
+        for what in ("additions", "shifts"):
+            table.add_row(f"{what} an input", "", "", f"{whole[what]:,}")
     table.add_row("time", "", f"{report.seconds:.1f} s")
     return table
 
 
 def _add_coverage(table: Table, coverage: Coverage) -> None:
     """Add how much of the network is quantized, and in a row for each reason what is not."""
-    last = len(table.columns) - 2
+    last = min(len(table.columns), 3) - 2
     counts = f"{coverage.selected:,} of {coverage.total:,} ({coverage.share:.1%})"
     table.add_row("quantized matrix weights", *[""] * last, counts)
     for line in coverage.lines():

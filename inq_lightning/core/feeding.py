@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -40,6 +41,18 @@ def read_batches(model: nn.Module, batches: Iterable[Any]) -> list[Call]:
     if not calls:
         raise ValueError("batches is empty; some hundred inputs, as the network was trained on, are needed")
     return calls
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode; then each module's own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _arguments(signature: inspect.Signature, batch: Any) -> Call:
