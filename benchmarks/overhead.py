@@ -1,7 +1,7 @@
 """What INQCallback costs, as ratios measured in one process: ``python -m benchmarks.overhead [--device cuda]``.
 
 (a) and (b) alternate with what they are compared to, over the weight shapes of ResNet-18; (c) alternates step by step
-within one real Trainer; (d) counts tensors; (e) compares files.
+within one real Trainer; (d) counts tensors; (e) compares files; (f) alternates two networks.
 
 On a GPU (c) alternates in blocks of steps, since one step there is under way while the next is being launched, and goes
 on to ResNet-50 where torchvision is there; an event's time and the moments at which the processor waits for the GPU
@@ -26,7 +26,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from inq_lightning import FrozenWeight, INQCallback
+from inq_lightning import FrozenWeight, INQCallback, quantize_activations
 from inq_lightning.core.together import Together
 from inq_lightning.recipes.models import ResNetCIFAR
 
@@ -70,6 +70,7 @@ def on_cpu() -> None:
     row("(c) ResNet-20 training step, with / without", ratio, 1.01)
     row("(d) extra bytes a weight", memory(), 2.0)
     row("(e) checkpoint growth / float32 weights", checkpoint(), 1 / 24)
+    row("(f) ResNet-20 training step, activations of 8 bits / floats", activation_step(), 2.0)
 
 
 def on_cuda() -> None:
@@ -174,7 +175,7 @@ class CountWaits:
 
 
 def row(what: str, value: float, limit: float) -> None:
-    print(f"{what:50s} {value:8.4f}   at most {limit:.4f}", flush=True)
+    print(f"{what:60s} {value:8.4f}   at most {limit:.4f}", flush=True)
 
 
 def medians(rounds: int, *functions: Callable[[], object]) -> list[float]:
@@ -311,6 +312,28 @@ def training_step(net: nn.Module, batch: int, size: int, device: str, steps: int
     trainer.fit(Module(net.to(memory_format=torch.channels_last)), DataLoader(batches, batch_size=None))
     with_callback, without = (statistics.median(seconds) for seconds in stopwatch.seconds)
     return with_callback / without, without
+
+
+def activation_step() -> float:
+    """A training step under bf16 autocast with rounded activations against one without, in alternation."""
+    x, y = torch.randn(128, 3, 32, 32).to(memory_format=torch.channels_last), torch.randint(10, (128,))
+    steps = []
+    for rounded in (True, False):
+        net: nn.Module = ResNetCIFAR(20).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if rounded:
+            quantize_activations(net)
+        optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
+
+        def step(net: nn.Module = net, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = nn.functional.cross_entropy(net(x), y)
+            loss.backward()
+            optimizer.step()
+
+        steps.append(step)
+    mine, theirs = medians(31, *steps)
+    return mine / theirs
 
 
 def memory() -> float:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 # Exponents that are compared, from the least that holds every value; those above it are for batches yet to come.
 _COMPARED = range(2, -5, -1)
+_LEAST = -100
 _UNKNOWN = -(1 << 15)  # no exponent
 
 
@@ -156,11 +157,11 @@ def check_activation_bits(option: str, bits: object) -> None:
 
 
 def _least_exponent(largest: float, high: int) -> int:
-    """The smallest e with high · 2^e >= largest."""
+    """The smallest e with high · 2^e >= largest, and one whose step float32 can divide by."""
     if largest <= 0:
         return 1 - high.bit_length()
     mantissa, exponent = math.frexp(largest / high)
-    return exponent - 1 if mantissa == 0.5 else exponent
+    return max(exponent - (mantissa == 0.5), _LEAST)
 
 
 def _over_processes(values: Tensor, operation: str) -> Tensor:

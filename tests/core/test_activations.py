@@ -30,7 +30,11 @@ def calibrated(bits: int, signed: bool, values: Tensor) -> PowerOfTwoActivation:
     return activation.eval()
 
 
-@given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=20), st.integers(2, 8), st.booleans())
+@given(
+    st.lists(st.floats(-1e4, 1e4, width=32).filter(lambda x: not 0 < abs(x) < 1e-20), min_size=1, max_size=20),
+    st.integers(2, 8),
+    st.booleans(),
+)
 def test_values_become_the_nearest_steps_ties_to_even_and_the_error_is_the_least_of_five(
     values: list[float], bits: int, signed: bool
 ) -> None:
@@ -219,7 +223,7 @@ def test_calibration_without_training_takes_all_batches_and_leaves_mode_and_stat
     statistics = copy.deepcopy(net.state_dict())
     quantize_activations(net)
     small, large = torch.randn(16, 1, 8, 8), 4 * torch.randn(16, 1, 8, 8)
-    with pytest.raises(ValueError, match=r"no batch has reached features\.0\.inq_input"):
+    with pytest.raises(ValueError, match="batches is empty"):
         calibrate_activations(net, [])
     calibrate_activations(net, [small, (large,)])
     assert net.training
