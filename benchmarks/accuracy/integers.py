@@ -1,14 +1,13 @@
 """What rounded activations and whole numbers cost ResNet-20 without any training, on all test images.
 
 ``python -m benchmarks.accuracy.integers IMAGES [--seeds 0 1] [--bits 5 4 3 2]`` takes the baselines that come with the
-project and the archive IMAGES, quantizes weights in closed form on 512 training images, rounds activations to 8, 6 and
-4 bits by the same images, lowers the network to whole numbers, and adds what it finds to integers.json beside this.
+project and the archive IMAGES, quantizes weights in closed form on 512 training images, with activations in floats
+and of 8, 6 and 4 bits, lowers the network to whole numbers, and adds what it finds to integers.json beside this.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.accuracy.study import BASELINES
-from inq_lightning import calibrate_activations, lower, quantize, quantize_activations
+from inq_lightning import lower, quantize
 from inq_lightning.recipes.classifier import Classifier
 
 KEPT = Path(__file__).parent / "integers.json"
@@ -51,7 +50,7 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100 * right / len(labels)
 
 
-def measure(archive: Path, seed: int, widths: list[int]) -> list[dict[str, Any]]:
+def measure(archive: Path, seed: int, widths: list[int], activations: list[int]) -> list[dict[str, Any]]:
     """Accuracies of one baseline at each width, with activations in floats and of 8, 6 and 4 bits."""
     with initialize(version_base="1.3", config_path="conf"):
         cfg = compose("study", ["name=integers", "folder=.", f"seed={seed}", f"data.path={archive}"])
@@ -72,10 +71,8 @@ def measure(archive: Path, seed: int, widths: list[int]) -> list[dict[str, Any]]
         weights = quantize(module.net, list(some.split(128)), bits)
         row: dict[str, Any] = {"seed": seed, "bits": bits, "baseline": baseline, "seconds": time.perf_counter() - start}
         row["float"] = accuracy(weights.model, images, labels)
-        for width in (8, 6, 4):
-            net = copy.deepcopy(weights.model)
-            quantize_activations(net, width)
-            calibrate_activations(net, some.split(128))
+        for width in activations:
+            net = quantize(module.net, list(some.split(128)), bits, activation_bits=width).model
             whole = lower(net, some)
             row[f"a{width}"] = accuracy(net, images, labels)
             row[f"a{width} integer"] = accuracy(whole.to_torch(torch.float32), images, labels)
@@ -90,12 +87,15 @@ def main() -> None:
     parser.add_argument("images", type=Path, help="the archive of the images")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--bits", type=int, nargs="+", default=[5, 4, 3, 2])
+    parser.add_argument("--activations", type=int, nargs="*", default=[8, 6, 4])
     given = parser.parse_args()
     found = json.loads(KEPT.read_text()) if KEPT.exists() else []
     for seed in given.seeds:
-        new = measure(given.images, seed, given.bits)
-        done = {(row["seed"], row["bits"]) for row in new}
-        found = [row for row in found if (row["seed"], row["bits"]) not in done] + new
+        new = measure(given.images, seed, given.bits, given.activations)
+        known = {(row["seed"], row["bits"]): row for row in found}
+        for row in new:
+            known[row["seed"], row["bits"]] = known.get((row["seed"], row["bits"]), {}) | row
+        found = list(known.values())
         KEPT.write_text(json.dumps(sorted(found, key=lambda row: (row["seed"], -row["bits"])), indent=1) + "\n")
 
 

@@ -128,9 +128,12 @@ def quantize(
         places(*network_of(model))  # refused before the work
     with _undisturbed():
         calls = read_batches(model, batches)
-        found = _Walk(model, selected, calls).run(progress or (lambda *step: None))
+        walk = _Walk(model, selected, calls)
+        if activation_bits is not None:  # before the weights, which then make up for them, too
+            quantize_activations(walk.copy, activation_bits, input_bits=input_bits, layer_bits=layer_activation_bits)
+            calibrate(walk.copy, calls)
+        found = walk.run(progress or (lambda *step: None))
         if activation_bits is not None:
-            quantize_activations(found.model, activation_bits, input_bits=input_bits, layer_bits=layer_activation_bits)
             calibrate(found.model, calls)
         return found
 
@@ -290,8 +293,9 @@ class _Walk:
 
     def _restore(self) -> None:
         """Modes as they were, and buffers that passes have changed."""
-        for ours, theirs in zip(self.copy.modules(), self.model.modules(), strict=True):
-            ours.training = theirs.training
+        ours = dict(self.copy.named_modules())
+        for name, theirs in self.model.named_modules():
+            ours[name].training = theirs.training
         for name, buffer in self.model.named_buffers():
             own = self.tensors[plain_name(name)]
             if plain_name(name) not in self.refitted and own.shape == buffer.shape:

@@ -89,6 +89,8 @@ class PowerOfTwoActivation(nn.Module):
 
     def rounded(self, values: Tensor, exponent: int) -> Tensor:
         """The values in steps of 2^exponent."""
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():  # the same for torch.onnx, which lacks that
+            return (values * 2.0**-exponent).round().clamp(self.low, self.high) * 2.0**exponent
         return torch.fake_quantize_per_tensor_affine(values, 2.0**exponent, 0, self.low, self.high)
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from inq_lightning.core.feeding import Call, evaluating, read_batches
 from inq_lightning.core.flow import INPUT, OUTPUT, Flow, Step, name_of, network_of, trace
 from inq_lightning.core.patterns import Patterns
 
+_TERM_BITS = 8
+
 
 class Place(NamedTuple):
     """Where an activation belongs.
@@ -23,11 +26,13 @@ class Place(NamedTuple):
         module: Name of the module whose output it rounds.
         signed: Whether what it rounds may be negative.
         before: Whether it rounds the module's input instead.
+        term: Whether only sums take it, so that nothing multiplies it.
     """
 
     module: str
     signed: bool
     before: bool = False
+    term: bool = False
 
     @property
     def attribute(self) -> str:
@@ -46,7 +51,7 @@ def quantize_activations(
 
     Args:
         model: The network, or a module that holds it, see :func:`inq_lightning.core.flow.network_of`.
-        bits: Code length of one value, 2 to 8.
+        bits: Code length of one value, 2 to 8; what only sums take has 8 bits, since nothing multiplies it.
         input_bits: That of the network's input.
         layer_bits: Widths for layers that match a pattern, for instance ``{"net.layer3.*": 4}``; names are those of the
             layers behind which activations stand.
@@ -67,7 +72,7 @@ def quantize_activations(
     patterns, names = Patterns(model), [(prefix + place.module, prefix + place.module) for place in found]
     patterns.check("layer_activation_bits", layer_bits, names)
     widths = [
-        patterns.value(both, layer_bits, input_bits if place.before else bits)
+        patterns.value(both, layer_bits, input_bits if place.before else _TERM_BITS if place.term else bits)
         for both, place in zip(names, found, strict=True)
     ]
     for place, width in zip(found, widths, strict=True):
@@ -199,10 +204,12 @@ def places(network: nn.Module, prefix: str = "") -> list[Place]:
             activation can stand.
     """
     flow = trace(network)
-    wanted = {_origin(source, flow) for step in flow.steps.values() for source in _taken_rounded(step, flow)}
-    wanted |= {
-        node for node, step in flow.steps.items() if step.kind == "input" and _entrance(node, flow) not in wanted
-    }
+    takers: dict[fx.Node, set[str]] = defaultdict(set)
+    for step in flow.steps.values():
+        for source in _taken_rounded(step, flow):
+            takers[_origin(source, flow)].add(step.kind)
+    inputs = (node for node, step in flow.steps.items() if step.kind == "input")
+    wanted = {*takers, *(node for node in inputs if _entrance(node, flow) not in takers)}
     found, lines = [], []
     for node in flow.steps:
         if node not in wanted:
@@ -211,7 +218,7 @@ def places(network: nn.Module, prefix: str = "") -> list[Place]:
         if place is None:
             lines.append(_remedy(node, flow, prefix))
         else:
-            found.append(place)
+            found.append(place._replace(term=takers[node] == {"sum"}))
     if lines:
         raise ValueError("activations cannot be rounded everywhere:\n  " + "\n  ".join(lines))
     return found

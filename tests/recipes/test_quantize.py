@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from support import same_bits
 
-from inq_lightning import inspect_file, load_packed
+from inq_lightning import inspect_file, load_integer, load_packed
 from inq_lightning.recipes import quantize
 from inq_lightning.recipes.classifier import Classifier
 from inq_lightning.recipes.data import DigitsDataModule
@@ -59,6 +59,29 @@ def test_a_trained_network_becomes_an_artifact_of_its_levels(trained: Path, tmp_
     weight = module.net.features[0].weight
     assert weight.detach().abs().unique().numel() == 4
     assert not same_bits(weight.detach(), first)
+
+
+def test_rounded_activations_end_in_whole_numbers_in_one_command(trained: Path, tmp_path: Path) -> None:
+    report = run(f"ckpt={trained}", "inq.bits=4", "inq.activation_bits=8", "images=256", folder=tmp_path)
+    whole = report["integer"]
+    assert abs(whole["metrics"]["test/acc"] - report["after"]["test/acc"]) < 0.02
+    assert 0 < whole["shifts"] < whole["additions"] < 1.1 * whole["multiplications"]
+    assert whole["accumulator_bits"] <= 32
+    assert whole["bytes"] < report["bytes_before"] / 4
+    artifact = tmp_path / "out" / "quantized.safetensors"
+    found = inspect_file(artifact)
+    assert [(one.name, one.before, one.bits, one.signed) for one in found.activations] == [
+        ("net.features.0", True, 8, True),
+        ("net.features.10", False, 8, False),
+        ("net.features.2", False, 8, False),
+        ("net.features.6", False, 8, False),
+    ]
+    assert found.integer is not None
+    assert found.integer["multiplications"] == whole["multiplications"]
+    network, data = load_integer(artifact), DigitsDataModule()
+    data.setup("test")
+    right = sum(int((network.run(x).argmax(1) == y).sum()) for x, y in data.test_dataloader())
+    assert right / 450 == pytest.approx(whole["metrics"]["test/acc"], abs=1e-6)
 
 
 def test_patterns_and_levels_reach_the_layers(trained: Path, tmp_path: Path) -> None:

@@ -234,6 +234,17 @@ def test_tensorboard_shows_the_fraction_and_the_phase_of_every_epoch(finished: F
     assert scalars(folder, "inq/phase") == [1.0, 2.0, 3.0]
 
 
+def test_rounded_activations_are_trained_and_tested_as_whole_numbers(pretrained: Path, tmp_path: Path) -> None:
+    options = ("inq.bits=4", "inq.activation_bits=4", "+inq.layer_activation_bits={net.f*.2: 6}")
+    report = run(tmp_path / "run", f"ckpt={pretrained}", *options)
+    assert abs(report["integer"]["metrics"]["test/acc"] - report["after"]["test/acc"]) < 0.03
+    found = inspect_file(tmp_path / "run" / "quantized.safetensors")
+    assert sorted(one.bits for one in found.activations) == [4, 4, 6, 8]
+    # Of a network that has its activations already.
+    again = run(tmp_path / "again", f"ckpt={tmp_path}/run/quantized.ckpt", *options)
+    assert again["integer"] is not None
+
+
 def test_a_preset_brings_its_portions_and_leaves_the_bits(pretrained: Path, tmp_path: Path) -> None:
     report = run(tmp_path, *SHORT, f"ckpt={pretrained}", "callbacks=none", "inq.bits=3", "inq/schedule=googlenet")
     fractions = scalars(tmp_path / "tensorboard" / "quantize", "inq/quantized_fraction")
