@@ -202,6 +202,7 @@ def _call(name: str) -> nn.Module:
 
 def _from_run(checkpoint: Path) -> tuple[nn.Module, list[int] | None]:
     """The untrained network that `inq-train` was configured with, and the shape of its input."""
+    from hydra.errors import HydraException
     from hydra.utils import instantiate  # the packed format needs neither
     from omegaconf import OmegaConf
 
@@ -211,7 +212,10 @@ def _from_run(checkpoint: Path) -> tuple[nn.Module, list[int] | None]:
     if config is None:
         raise ValueError("there is no run of inq-train around the checkpoint to take the network from; say --model")
     cfg: Any = OmegaConf.load(config)
-    model: nn.Module = instantiate(cfg.model, _convert_="all")
+    try:
+        model: nn.Module = instantiate(cfg.model, _convert_="all")
+    except HydraException as error:
+        raise ValueError(f"the model of {config} cannot be built: {error}\nsay --model") from error
     size = cfg.data.get("image_size")
     return model, None if size is None else [1, cfg.data.in_channels, size, size]
 

@@ -106,13 +106,14 @@ def inspection_table(inspection: Inspection) -> Group:
 
 
 def report_table(report: Report) -> Table:
-    """Before and after of a quantization."""
+    """Before and after of a quantization, and by how much metrics differ."""
     table: Table = tables.Table(title="Incremental Network Quantization")
     table.add_column("")
     _numbers(table, "full precision", "quantized")
     for metric in report.before | report.after:
         before, after = report.before.get(metric), report.after.get(metric)
-        table.add_row(markup.escape(metric), _text(before, ".4f"), _text(after, ".4f"))
+        difference = "" if before is None or after is None else f" ({after - before:+.4f})"
+        table.add_row(markup.escape(metric), _text(before, ".4f"), _text(after, ".4f") + difference)
     table.add_row("quantized fraction", "0", f"{report.quantized_fraction:.6g}")
     table.add_row("bits of a quantized weight", "", _list(report.bits))
     if report.coverage is not None:
