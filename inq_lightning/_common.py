@@ -6,10 +6,9 @@ import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, get_args
-
-import torch
 
 
 def import_extra(module: str, extra: str) -> Any:
@@ -23,7 +22,7 @@ def import_extra(module: str, extra: str) -> Any:
         ImportError: The module is missing, or is installed but fails to import; says which and what to install.
     """
     package = module.split(".")[0]
-    advice = f"pip install 'inq-lightning[{extra}]'"
+    advice = _advice(extra)
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -34,11 +33,37 @@ def import_extra(module: str, extra: str) -> Any:
     except Exception as error:
         raise ImportError(
             f"{package} is installed but fails to import ({type(error).__name__}: {error}); its build probably does "
-            f"not match torch {torch.__version__}. Install a matching pair: {advice}"
+            f"not match torch {version('torch')}. Install a matching pair: {advice}"
         ) from error
 
 
-class LazyExtra:
+def _advice(extra: str) -> str:
+    """The command that installs what an extra asks for; by its packages' names, wherever this one came from."""
+    try:
+        listed = requires("inq-lightning") or []
+    except PackageNotFoundError:  # a checkout on the path
+        return f"the extra {extra}, pip install '.[{extra}]' in the folder of inq-lightning"
+    from packaging.requirements import Requirement  # Lightning needs it, too
+
+    found = [r for r in map(Requirement, listed) if r.marker and r.marker.evaluate({"extra": extra})]
+    return " ".join([f"the extra {extra}, pip install", *(f"'{str(r).partition(';')[0].strip()}'" for r in found)])
+
+
+class Lazy:
+    """A module that is imported where it is first used.
+
+    Args:
+        module: Full name of the module.
+    """
+
+    def __init__(self, module: str) -> None:
+        self._import = partial(importlib.import_module, module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._import(), name)
+
+
+class LazyExtra(Lazy):
     """A module of an extra that is imported where it is first used, see :func:`import_extra`.
 
     Args:
@@ -48,9 +73,6 @@ class LazyExtra:
 
     def __init__(self, module: str, extra: str) -> None:
         self._import = partial(import_extra, module, extra)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._import(), name)
 
 
 def one_of(option: str, value: object, allowed: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import socket
@@ -12,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from importlib import import_module
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -117,8 +118,31 @@ def _become(command: list[str], cwd: Path, environment: dict[str, str], output: 
         runpy.run_path(program, run_name="__main__")
     else:
         sys.argv[0] = program
-        (script,) = entry_points(group="console_scripts", name=program)
-        sys.exit(script.load()())
+        sys.exit(script(program)())
+
+
+def script(name: str) -> Callable[[], None]:
+    """The function of a console script."""
+    module, function = _entry_point(name)
+    found: Callable[[], None] = getattr(import_module(module), function)
+    return found
+
+
+def write_script(name: str, folder: Path) -> Path:
+    """A console script as a file, as an installation writes it."""
+    module, function = _entry_point(name)
+    path = folder / name
+    path.write_text(f"#!{sys.executable}\nfrom {module} import {function}\n{function}()\n")
+    path.chmod(0o755)
+    return path
+
+
+def _entry_point(name: str) -> tuple[str, str]:
+    """Module and function of a console script, as the checkout has them: what is installed may be older."""
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    found = re.search(rf'^{name} = "([\w.]+):(\w+)"$', text, re.MULTILINE)
+    assert found, name
+    return found[1], found[2]
 
 
 # ---- several at once -------------------------------------------------------------------------------------------------

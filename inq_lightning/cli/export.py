@@ -3,9 +3,10 @@
 ::
 
     inq-export quantized.ckpt network.safetensors
-    inq-export quantized.ckpt network.onnx --format onnx
-    inq-export quantized.ckpt network.onnx --format onnx --model my_package.networks:build --input-shape 1,3,32,32
-    inq-export quantized.ckpt network.onnx --format onnx --model my_package:gpt --input-shape 1,64 --input-dtype int64
+    inq-export quantized.ckpt network.onnx
+    inq-export quantized.ckpt network.onnx --model my_package.networks:build --input-shape 1,3,32,32
+    inq-export quantized.ckpt network.onnx --model my_package:gpt --input-shape 1,64 --input-dtype int64
+    inq-export quantized.ckpt network.safetensors --format mxfp4 --exclude net.conv1 --exclude net.fc
 """
 
 from __future__ import annotations
@@ -16,24 +17,35 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from inq_lightning.core.activations import is_saved_activation, saved_activations
-from inq_lightning.core.layer import Layer
-from inq_lightning.formats.checkpoint import read_checkpoint
-from inq_lightning.formats.contents import Contents
+from inq_lightning._common import Lazy
+from inq_lightning.cli.parser import command_parser
 from inq_lightning.formats.registry import FORMATS, Format
-from inq_lightning.formats.tensors import common_prefix, memory, untie
 
-_DESCRIPTION = """
-Writes the quantized network of a checkpoint as a file for inference.
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
-The packed format needs nothing but the checkpoint. The others need the network itself: inq-train leaves its
-configuration beside the checkpoint; for any other checkpoint, say --model and, for ONNX, --input-shape.
+    from inq_lightning.core.layer import Layer
+    from inq_lightning.formats.contents import Contents
+else:
+    torch = Lazy("torch")  # not for --help
+
+_DESCRIPTION = """\
+Writes the quantized network of a checkpoint as a file for inference. The
+file's name tells the format: .onnx is ONNX, .safetensors the packed one
+unless --format names an accelerator's.
+
+The packed format needs nothing but the checkpoint. The others need the
+network itself: inq-train leaves its configuration beside the checkpoint; for
+any other checkpoint, say --model and, for ONNX, --input-shape.
 """
+_EXAMPLES = (
+    "inq-export quantized.ckpt net.safetensors",
+    "inq-export quantized.ckpt net.onnx",
+    "inq-export quantized.ckpt net.safetensors --format mxfp4 --exclude net.fc",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -45,24 +57,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        print("\n".join(_export(FORMATS[options.format], options)))
+        print("\n".join(_export(_format(options.out, options.format), options)))
     except (ValueError, OSError, ImportError) as error:
-        parser.exit(1, f"inq-export: {error}\n")
+        parser.exit(2, f"inq-export: {error}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
     written = [target for target in FORMATS.values() if target.write]
-    formats = "\n".join(f"  {x.name:<8} {x.about} ({', '.join(x.suffixes)})" for x in written)
-    parser = argparse.ArgumentParser(
-        "inq-export",
-        description=_DESCRIPTION,
-        epilog=f"formats:\n{formats}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("inq-export", _DESCRIPTION, _EXAMPLES, ("formats", written), "docs/how-to/export.md")
     parser.add_argument("checkpoint", type=Path, help="a Lightning checkpoint, or a file with a state_dict")
     parser.add_argument("out", type=Path, help="the file to write")
-    parser.add_argument("--format", choices=[x.name for x in written], default="packed", help="default: packed")
+    parser.add_argument("--format", choices=[x.name for x in written], help="default: what the file's name ends in")
     parser.add_argument("--allow-partial", action="store_true", help="keep weights that are on no grid as they are")
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="keep layers of this name in floating point, * for any characters; can be repeated",
+    )
     packed = parser.add_argument_group("packed")
     packed.add_argument("--entropy-coded", action="store_true", help="compress the codes to nearly their entropy")
     packed.add_argument(
@@ -85,14 +98,35 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _format(out: Path, name: str | None) -> Format:
+    """The format that the file's name and ``--format`` agree on.
+
+    Raises:
+        ValueError: They do not.
+    """
+    written = [target for target in FORMATS.values() if target.write]
+    fitting = [target for target in written if out.suffix in target.suffixes and name in (None, target.name)]
+    if not fitting:
+        allowed = dict.fromkeys(suffix for x in written if name in (None, x.name) for suffix in x.suffixes)
+        given = f"a file of --format {name}" if name else "a file without --format"
+        raise ValueError(f"{out}: the name of {given} must end in {' or '.join(allowed)}")
+    return fitting[0]  # packed before those of accelerators
+
+
 def _export(target: Format, options: argparse.Namespace) -> list[str]:
     """Write the file; returns what there is to tell."""
+    from inq_lightning.formats.checkpoint import read_checkpoint
+    from inq_lightning.formats.layers import without
+    from inq_lightning.formats.tensors import memory, untie
+
     _check_options(target, options)
     checkpoint = read_checkpoint(options.checkpoint)
     everything = {**checkpoint.state_dict, **checkpoint.extra_state}
     source, layers, shape = (
         (everything, checkpoint.layers, None) if target.of_tensors else _build(checkpoint, everything, options)
     )
+    if options.exclude:
+        layers = without(source, layers, options.exclude)
     values = {
         "entropy_coded": options.entropy_coded,
         "float_dtype": options.float_dtype and getattr(torch, options.float_dtype),
@@ -132,6 +166,9 @@ def _build(
     checkpoint: Contents, everything: dict[str, Any], options: argparse.Namespace
 ) -> tuple[nn.Module, list[Layer] | None, list[int] | None]:
     """The trained network, the records of its layers under its own names, and the shape of an input if known."""
+    from inq_lightning.core.activations import is_saved_activation, saved_activations
+    from inq_lightning.formats.tensors import common_prefix
+
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # the network may be of a module of the user's own, as under python -m
     shape = None
@@ -162,13 +199,14 @@ def _call(name: str) -> nn.Module:
         model = getattr(import_module(module), factory)()
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ValueError(f"--model {name}: {error}; give MODULE:FACTORY, such as my_package.networks:build") from error
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, torch.nn.Module):
         raise ValueError(f"--model {name} returns a {type(model).__name__}, not a torch.nn.Module")
     return model
 
 
 def _from_run(checkpoint: Path) -> tuple[nn.Module, list[int] | None]:
     """The untrained network that `inq-train` was configured with, and the shape of its input."""
+    from hydra.errors import HydraException
     from hydra.utils import instantiate  # the packed format needs neither
     from omegaconf import OmegaConf
 
@@ -178,7 +216,10 @@ def _from_run(checkpoint: Path) -> tuple[nn.Module, list[int] | None]:
     if config is None:
         raise ValueError("there is no run of inq-train around the checkpoint to take the network from; say --model")
     cfg: Any = OmegaConf.load(config)
-    model: nn.Module = instantiate(cfg.model, _convert_="all")
+    try:
+        model: nn.Module = instantiate(cfg.model, _convert_="all")
+    except HydraException as error:
+        raise ValueError(f"the model of {config} cannot be built: {error}\nsay --model") from error
     size = cfg.data.get("image_size")
     return model, None if size is None else [1, cfg.data.in_channels, size, size]
 

@@ -17,13 +17,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inq_lightning._common import atomic, import_extra
+from inq_lightning.cli.parser import command_parser
 from inq_lightning.formats.registry import FORMATS
-from inq_lightning.report.inspection import inspect_file
-from inq_lightning.report.tables import inspection_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_DESCRIPTION = """\
+Shows which weights of a file lie on which grid, how they spread over it, and
+what that saves. Nothing that the file holds is run.
+"""
+_EXAMPLES = (
+    "inq-inspect quantized.ckpt",
+    "inq-inspect quantized.ckpt --reference trained.ckpt --plot exponents.png",
+    "inq-inspect net.onnx --json",
+)
 _WIDE = 10_000  # columns of what is no terminal: nothing is folded
 
 
@@ -33,12 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: The command line without the program's name; None for the process's own.
     """
-    formats = "\n".join(f"  {x.name:<11} {x.about} ({', '.join(x.suffixes)})" for x in FORMATS.values())
-    parser = argparse.ArgumentParser(
+    parser = command_parser(
         "inq-inspect",
-        description="Which weights of a file lie on which grid.",
-        epilog=f"files, told by their content:\n{formats}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _DESCRIPTION,
+        _EXAMPLES,
+        ("files, told by their content", FORMATS.values()),
+        "docs/how-to/export.md",
     )
     parser.add_argument("file", help="a checkpoint, a state_dict, or a file of inq-export")
     parser.add_argument("--reference", metavar="FILE", help="the full-precision checkpoint, for the SNR of each layer")
@@ -46,11 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plot", metavar="PNG", help="draw the layers' exponents into this file, too")
     options = parser.parse_args(arguments)
     try:
-        inspection = inspect_file(options.file, options.reference)
-        if options.plot is not None:
-            save(inspection.figure(), Path(options.plot))
+        _inspect(options)
     except (ValueError, OSError, ImportError) as error:
-        parser.exit(1, f"inq-inspect: {error}\n")
+        parser.exit(2, f"inq-inspect: {error}\n")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from inq_lightning.report.inspection import inspect_file  # not for --help
+    from inq_lightning.report.tables import inspection_table
+
+    inspection = inspect_file(options.file, options.reference)
+    if options.plot is not None:
+        save(inspection.figure(), Path(options.plot))
     if options.json:
         print(json.dumps(inspection.as_dict(), allow_nan=False))
         return

@@ -226,7 +226,8 @@ def fitting_grids(
         raise ValueError(
             f"{target.name} holds weights of at most {limit} bits, but "
             + ", ".join(f"{name} has {bits}" for name, bits in large.items())
-            + f"; use {' or '.join(fitting) or 'save_packed, which holds every bit width'}"
+            + f"; use {' or '.join(fitting) or 'save_packed, which holds every bit width'}, or keep these in floating "
+            "point: pass layers without them (inq-export: --exclude NAME)"
         )
     for name, grid in grids.items():
         scale_exponent(name, grid, target)

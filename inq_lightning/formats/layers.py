@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
 from inq_lightning.core.layer import Layer, named_weights, plain_name
 from inq_lightning.core.matrices import find_matrices
 from inq_lightning.formats.tensors import place
-from inq_lightning.grid import Grid, PowerOfTwoGrid, fit_grid
+from inq_lightning.grid import MAX_BITS, Grid, PowerOfTwoGrid, fit_grid
 from inq_lightning.grid.base import FLOATS
 from inq_lightning.grid.recognize import holds
 
@@ -35,6 +36,34 @@ def find_grids(model: nn.Module, layers: Iterable[Layer] | None = None, allow_pa
     return {name: grid for name, grid in found.items() if grid is not None}
 
 
+def without(
+    source: nn.Module | Mapping[str, Tensor], layers: Iterable[Layer] | None, exclude: Sequence[str]
+) -> list[Layer]:
+    """The records of a network's layers, less those that are to stay in floating point.
+
+    Args:
+        source: See :func:`candidate_grids`.
+        layers: See :func:`find_grids`.
+        exclude: Patterns for names of layers or of their parameters, as :mod:`fnmatch` takes them.
+
+    Raises:
+        ValueError: A pattern matches none of the layers.
+    """
+    tensors = _tensors(source)
+    if layers is None:  # what is on no grid is listed, too: those that are not excluded are refused later
+        layers = [
+            Layer(name, tuple(tensors[name].shape), grid.bits if grid else MAX_BITS, grid)
+            for name, grid in candidate_grids(source).items()
+        ]
+    records = [*layers]
+    matched = {p: {x.name for x in records if _matches(x.name, p)} for p in exclude}
+    if idle := [pattern for pattern, names in matched.items() if not names]:
+        raise ValueError(
+            f"exclude pattern {idle[0]!r} matches no quantized layer; there are {', '.join(x.name for x in records)}"
+        )
+    return [x for x in records if not any(x.name in names for names in matched.values())]
+
+
 def candidate_grids(
     source: nn.Module | Mapping[str, Tensor], layers: Iterable[Layer] | None = None
 ) -> dict[str, Grid | None]:
@@ -52,11 +81,7 @@ def candidate_grids(
     Raises:
         ValueError: ``layers`` names parameters that ``source`` lacks.
     """
-    tensors: dict[str, Tensor] = (
-        dict(named_weights(source))
-        if isinstance(source, nn.Module)
-        else {plain_name(name): tensor for name, tensor in source.items()}
-    )
+    tensors = _tensors(source)
     if layers is not None:
         records = {layer.name: layer for layer in layers}
         unknown = [name for name in records if name not in tensors]
@@ -73,6 +98,17 @@ def candidate_grids(
         required, optional = {name for name in tensors if _looks_like_weights(name, tensors)}, set()
     fitted = {name: fit_grid(tensors[name]) for name in tensors if name in required | optional}
     return {name: grid for name, grid in fitted.items() if name in required or grid is not None}
+
+
+def _tensors(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a network, or of its state_dict, by their plain names."""
+    if isinstance(source, nn.Module):
+        return dict(named_weights(source))
+    return {plain_name(name): tensor for name, tensor in source.items()}
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return any(pattern == one or fnmatchcase(one, pattern) for one in (name, name.rpartition(".")[0]))
 
 
 def grids_in_state(

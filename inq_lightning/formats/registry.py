@@ -1,4 +1,7 @@
-"""All formats of files, in one table: what `inq-export` writes and `inq-inspect` opens."""
+"""All formats of files, in one table: what `inq-export` writes and `inq-inspect` opens.
+
+Nothing heavy is imported before a format is used, for the commands' ``--help`` lists them all.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,21 @@ import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor, nn
-
+from inq_lightning._common import Lazy
 from inq_lightning.core.coverage import group_names
-from inq_lightning.formats import accelerator, checkpoint, onnx, packed
-from inq_lightning.formats.contents import Contents
-from inq_lightning.formats.tensors import dtype_name, read_head
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from inq_lightning.formats.contents import Contents
+
+accelerator = Lazy("inq_lightning.formats.accelerator")
+checkpoint = Lazy("inq_lightning.formats.checkpoint")
+onnx = Lazy("inq_lightning.formats.onnx")
+packed = Lazy("inq_lightning.formats.packed")
+tensors = Lazy("inq_lightning.formats.tensors")
 
 
 class Format(NamedTuple):
@@ -48,7 +58,7 @@ def _write_packed(source: nn.Module | Mapping[str, Tensor], path: Path, **option
         f"{saved.weights:,} quantized weights at {saved.bits_per_weight:.2f} bits, exponents and metadata included"
     ]
     if narrow is not None:
-        lines.append(f"largest error of other tensors in {dtype_name(narrow)}: {saved.float_error:.3g}")
+        lines.append(f"largest error of other tensors in {tensors.dtype_name(narrow)}: {saved.float_error:.3g}")
     if saved.off_grid:
         lines.append(f"not quantized: {', '.join(group_names(saved.off_grid))}")
     return lines
@@ -59,10 +69,13 @@ def _write_onnx(model: nn.Module, path: Path, **options: Any) -> list[str]:
     return [f"largest difference of an output to torch: {difference:.3g}"]
 
 
-def _write_accelerator(name: accelerator.FormatName, model: nn.Module, path: Path, **options: Any) -> list[str]:
+def _write_accelerator(name: str, model: nn.Module, path: Path, **options: Any) -> list[str]:
     accelerator.save_accelerator(model, path, name, **options)
     return []
 
+
+#: Accelerators' number formats, and bits a weight.
+ACCELERATORS = {"mxfp4": 4.25, "mxfp6": 6.25, "fp8": 8, "int8": 8}
 
 #: Every format by its name; what recognizes a file first reads it.
 FORMATS = {
@@ -72,8 +85,8 @@ FORMATS = {
             name="packed",
             about="b bits a weight, for load_packed",
             suffixes=(".safetensors",),
-            recognizes=packed.recognizes,
-            read=packed.read_packed,
+            recognizes=lambda head: packed.recognizes(head),
+            read=lambda path: packed.read_packed(path),
             write=_write_packed,
             of_tensors=True,
             options=("entropy_coded", "float_dtype", "schedule"),
@@ -82,28 +95,28 @@ FORMATS = {
             name="onnx",
             about="codes in the smallest type, for ONNX Runtime",
             suffixes=(".onnx",),
-            recognizes=onnx.recognizes,
-            read=onnx.read_onnx,
+            recognizes=lambda head: onnx.recognizes(head),
+            read=lambda path: onnx.read_onnx(path),
             write=_write_onnx,
             options=("inputs", "activations", "fixed_batch"),
         ),
         *(
             Format(
-                name=numbers.name,
-                about=f"{numbers.bits_per_weight:g} bits a weight, for hardware that computes in {numbers.name}",
+                name=name,
+                about=f"{bits:g} bits a weight, for hardware that computes in {name}",
                 suffixes=(".safetensors",),
-                recognizes=accelerator.recognizes,
-                read=accelerator.read,
-                write=partial(_write_accelerator, numbers.name),
+                recognizes=lambda head: accelerator.recognizes(head),
+                read=lambda path: accelerator.read(path),
+                write=partial(_write_accelerator, name),
             )
-            for numbers in accelerator.NUMBER_FORMATS.values()
+            for name, bits in ACCELERATORS.items()
         ),
         Format(
             name="checkpoint",
             about="a checkpoint of Lightning, or a state_dict, of torch.save or safetensors",
             suffixes=(".ckpt", ".pt", ".pth", ".safetensors"),
-            recognizes=checkpoint.recognizes,
-            read=checkpoint.read_checkpoint,
+            recognizes=lambda head: checkpoint.recognizes(head),
+            read=lambda path: checkpoint.read_checkpoint(path),
         ),
     )
 }
@@ -117,7 +130,7 @@ def read_file(path: str | os.PathLike[str]) -> Contents:
         OSError: There is no such file.
         ImportError: Reading it takes an extra that is not installed.
     """
-    head = read_head(path)
+    head = tensors.read_head(path)
     target = next((target for target in FORMATS.values() if target.recognizes(head)), None)
     if target is None:
         written = ", ".join(target.name for target in FORMATS.values() if target.write)

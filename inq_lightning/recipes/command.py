@@ -1,10 +1,12 @@
-"""How `inq-train` and `inq-plan` begin: their arguments, what they can import, where output goes."""
+"""How a run of `inq-train`, `inq-plan` or `inq-quantize` begins: its keys, what it can import, where output goes."""
 
 from __future__ import annotations
 
 import logging
 import re
 import sys
+import warnings
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -13,31 +15,38 @@ from omegaconf import DictConfig, OmegaConf
 
 from inq_lightning._common import import_extra, one_of
 from inq_lightning.recipes.config import Output
+from inq_lightning.recipes.keys import check_keys
 
+_LIBRARIES = ("lightning", "lightning_fabric", "pytorch_lightning", "sklearn", "tensorboard", "torch", "torchmetrics")
 _PATH = re.compile("(^|_)(ckpt|dir|file|folder|path|root)$")
-
-
-def accept_json() -> None:
-    """Let ``--json``, which Hydra would refuse, stand for ``output=json``.
-
-    In ``sys.argv``, as that is the only place where Hydra looks for arguments.
-    """
-    sys.argv[1:] = ["output=json" if argument == "--json" else argument for argument in sys.argv[1:]]
 
 
 def prepare(cfg: DictConfig) -> Any:
     """Settle what can be imported and where output goes, and give the rich console for people.
 
     Raises:
-        ValueError: ``output`` is none of the allowed values.
+        ValueError: There is a key that nothing would read, or ``output`` is none of the allowed values.
         ImportError: rich is not installed.
     """
     _keep_paths(cfg)
     if (folder := to_absolute_path(".")) not in sys.path:
         sys.path.append(folder)  # model._target_ may name a module of the user's own, as under python -m
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    check_keys(cfg)
+    _keep_quiet()
     choose_output(cfg)
     return import_extra("rich.console", "train").Console(stderr=cfg.output == "json")
+
+
+def _keep_quiet() -> None:
+    """Leave out what other libraries tell their developers, and Lightning about itself; its warnings stay."""
+    for library in ("lightning.pytorch", "pytorch_lightning"):  # Lightning logs under either name
+        logging.getLogger(f"{library}.utilities.rank_zero").addFilter(_matters)
+    for category in (DeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category, module=f"({'|'.join(_LIBRARIES)})(\\.|$)")
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or "inq_lightning" in Path(record.pathname).parts
 
 
 def _keep_paths(cfg: DictConfig) -> None:
@@ -70,7 +79,3 @@ def choose_output(cfg: DictConfig) -> None:
     one_of("output", cfg.output, Output)
     if cfg.output == "auto":
         cfg.output = "rich" if sys.stdout.isatty() else "json"
-    if cfg.output == "json":
-        for handler in logging.getLogger().handlers:  # Hydra's
-            if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
-                handler.setStream(sys.stderr)

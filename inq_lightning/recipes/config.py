@@ -7,12 +7,15 @@ own can then compose, with ``pkg://inq_lightning.conf`` on its search path, and 
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from inq_lightning.core.options import Options
 from inq_lightning.core.schedule import PRESETS, Schedule, Unit, default_preset
@@ -196,6 +199,17 @@ class QuantizeConfig(TrainConfig):
     images: int = 512
 
 
+def run_name(number: int, overrides: Sequence[str]) -> str:
+    """Name of one run of a sweep, for its folder: its number, and what is set in it alone, such as ``0_inq.bits-2``.
+
+    Without ``=`` and commas, which Hydra would not take in ``ckpt=PATH``.
+    """
+    given = OverridesParser.create().parse_overrides([a for a in sys.argv[1:] if "=" in a and not a.startswith("-")])
+    everywhere = {one.get_key_element() for one in given if not one.is_sweep_override()}
+    own = [text for text in overrides if text.partition("=")[0] not in everywhere]
+    return "_".join([str(number), *(re.sub(r"[^\w.]+", "-", text).strip("-") for text in own)])[:150]
+
+
 def register_training() -> None:
     """Register the rest of `inq-train`'s configs.
 
@@ -205,6 +219,7 @@ def register_training() -> None:
     """
     from inq_lightning.recipes import classifier, data
 
+    OmegaConf.register_new_resolver("inq_run_name", run_name, replace=True)
     _register(
         ("", "base_train", TrainConfig),
         ("", "base_quantize", QuantizeConfig),

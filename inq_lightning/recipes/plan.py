@@ -21,7 +21,7 @@ from inq_lightning.core.plan import Plan
 from inq_lightning.core.schedule import Length, Schedule
 from inq_lightning.frontends.lightning import clock
 from inq_lightning.frontends.lightning.callback import INQCallback
-from inq_lightning.recipes.command import accept_json, prepare
+from inq_lightning.recipes.command import prepare
 from inq_lightning.recipes.config import register_training
 from inq_lightning.recipes.start import Start, load_weights, plan_epochs
 from inq_lightning.report.tables import plan_table
@@ -32,12 +32,6 @@ DOWNLOADS: dict[str, dict[str, Any]] = {  # arguments of networks that would fet
     "inq_lightning.recipes.models.torchvision_model": {"weights": None},
     "inq_lightning.recipes.models.timm_model": {"pretrained": False},
 }
-
-
-def command() -> None:
-    """The console script."""
-    accept_json()
-    main()
 
 
 @hydra.main(version_base="1.3", config_path="pkg://inq_lightning.conf", config_name="plan")
@@ -76,7 +70,3 @@ def length(cfg: DictConfig, schedule: Schedule) -> Length | None:
     if schedule.starts is None and math.isfinite(epochs) and (schedule.unit == "step" or math.isfinite(steps)):
         return None
     return Length(epochs, steps)
-
-
-if __name__ == "__main__":
-    command()

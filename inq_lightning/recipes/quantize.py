@@ -23,7 +23,7 @@ from inq_lightning._common import import_extra
 from inq_lightning.closed_form.quantize import quantize
 from inq_lightning.core.options import Options
 from inq_lightning.formats.packed import save_packed
-from inq_lightning.recipes.command import accept_json, prepare
+from inq_lightning.recipes.command import prepare
 from inq_lightning.recipes.config import register_training
 from inq_lightning.recipes.stages import build_trainer, first_images, test, test_whole, whole_numbers
 from inq_lightning.recipes.start import Start, load_weights
@@ -39,17 +39,11 @@ USED = (
 )
 
 
-def command() -> None:
-    """The console script."""
-    accept_json()
-    main()
-
-
 @hydra.main(version_base="1.3", config_path="pkg://inq_lightning.conf", config_name="quantize")
 def main(cfg: DictConfig) -> None:
     """Quantize the configured network."""
     console = prepare(cfg)
-    seed_everything(cfg.seed, workers=True)
+    seed_everything(cfg.seed, workers=True, verbose=False)
     run(cfg, console)
 
 
@@ -114,7 +108,3 @@ def shown(console: Any, visible: bool) -> Iterator[Callable[[int, int, str], Non
     with progress:
         task = progress.add_task("quantize")
         yield lambda done, total, name: progress.update(task, completed=done, total=total, description=name)
-
-
-if __name__ == "__main__":
-    command()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 rich, markup, tables = (LazyExtra(f"rich.{module}", "train") for module in ("console", "markup", "table"))
 
 _BARS = " ▁▂▃▄▅▆▇█"
+_EXPONENTS = 12  # whose shares fit beside the numbers in 80 columns; lower ones have next to no weights
 
 
 def plan_table(plan: Plan) -> Group:
@@ -59,12 +60,14 @@ def inspection_table(inspection: Inspection) -> Group:
     partial = any(0 < layer.frozen < layer.numel for layer in inspection.layers)
     snr = any(layer.snr_db is not None for layer in inspection.layers)
     layers = tables.Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    layers.add_column("layer", overflow="fold")
+    layers.add_column("layer", overflow="fold", min_width=12)
     levels = [getattr(layer.grid, "family", "") for layer in inspection.layers]
     other = any(one not in ("", "paper") for one in levels)
-    _numbers(layers, "shape", "bits", *(["levels"] if other else []), *(["frozen"] if partial else []), "zeros", "n2")
-    layers.add_column("shares", no_wrap=True)
-    _numbers(layers, "n1", *(["SNR/dB"] if snr else []), "before/B", "after/B")
+    _numbers(layers, "shape", "bits", no_wrap=True)
+    _numbers(layers, *(["levels"] if other else []))  # a list of one's own may be long
+    _numbers(layers, *(["frozen"] if partial else []), "zeros", "n2", no_wrap=True)
+    layers.add_column("shares", no_wrap=True, justify="right")  # the highest exponent at the right, as n1 is
+    _numbers(layers, "n1", *(["SNR/dB"] if snr else []), "before/B", "after/B", no_wrap=True)
     for layer, family in zip(inspection.layers, levels, strict=True):
         layers.add_row(
             markup.escape(layer.name),
@@ -123,14 +126,17 @@ def inspection_table(inspection: Inspection) -> Group:
 
 
 def report_table(report: Report) -> Table:
-    """Before and after of a quantization."""
+    """Before and after of a quantization, and by how much metrics differ."""
     table: Table = tables.Table(title="Incremental Network Quantization")
     table.add_column("")
     whole = report.integer
     _numbers(table, "full precision", "quantized", *([] if whole is None else ["whole numbers"]))
     for metric in report.before | report.after:
-        found = [m.get(metric) for m in (report.before, report.after, *([] if whole is None else [whole["metrics"]]))]
-        table.add_row(markup.escape(metric), *(_text(value, ".4f") for value in found))
+        before = report.before.get(metric)
+        others = [m.get(metric) for m in (report.after, *([] if whole is None else [whole["metrics"]]))]
+        differences = ("" if None in (before, value) else f" ({value - before:+.4f})" for value in others)
+        cells = (_text(value, ".4f") + difference for value, difference in zip(others, differences, strict=True))
+        table.add_row(markup.escape(metric), _text(before, ".4f"), *cells)
     table.add_row("quantized fraction", "0", f"{report.quantized_fraction:.6g}")
     table.add_row("bits of a quantized weight", "", _list(report.bits))
     if report.coverage is not None:
@@ -157,9 +163,9 @@ def _add_coverage(table: Table, coverage: Coverage) -> None:
         table.add_row("not quantized", *[""] * last, markup.escape(line))
 
 
-def _numbers(table: Table, *columns: str) -> None:
+def _numbers(table: Table, *columns: str, no_wrap: bool = False) -> None:
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=no_wrap)
 
 
 def _shape(shape: tuple[int, ...]) -> str:
@@ -186,6 +192,7 @@ def _kibibytes(count: int) -> str:
 
 
 def _bars(shares: Sequence[float]) -> str:
-    """A bar for each share, the highest one full; only zero has none."""
+    """A bar for each share, the highest one full; only zero has none. The first ones go where there are too many."""
     highest = max(shares, default=0.0)
-    return "".join(_BARS[math.ceil(share / highest * 8)] if share else _BARS[0] for share in shares)
+    bars = "".join(_BARS[math.ceil(share / highest * 8)] if share else _BARS[0] for share in shares)
+    return bars if len(bars) <= _EXPONENTS else "…" + bars[1 - _EXPONENTS :]

@@ -36,8 +36,9 @@ def modules(node: ast.AST) -> Iterator[str]:
                 yield child if file_of(child) else module
         case ast.ImportFrom():
             raise AssertionError(f"line {node.lineno}: import by the full name")
-        case ast.Call(func=ast.Name(id="import_module" | "import_extra"), args=[ast.Constant(value=str(name)), *_]):
-            yield name
+        case ast.Call(func=ast.Name(id=function), args=[ast.Constant(value=str(name)), *_]):
+            if function in ("import_module", "import_extra", "Lazy", "LazyExtra"):
+                yield name
 
 
 def file_of(module: str) -> str | None:

@@ -82,10 +82,9 @@ def test_the_wheel_installs_the_console_scripts(built: dict[str, Path]) -> None:
         (name,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
         scripts = configparser.ConfigParser()
         scripts.read_string(archive.read(name).decode())
-    commands = {f"recipes.{name}": "command" for name in ("train", "plan", "quantize")}
-    functions = commands | {"cli.export": "main", "cli.inspect": "main"}
     assert dict(scripts["console_scripts"]) == {
-        f"inq-{name.partition('.')[2]}": f"inq_lightning.{name}:{function}" for name, function in functions.items()
+        **{f"inq-{name}": f"inq_lightning.recipes.apps:{name}" for name in ("train", "plan", "quantize")},
+        **{f"inq-{name}": f"inq_lightning.cli.{name}:main" for name in ("export", "inspect")},
     }
 
 

@@ -5,6 +5,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from processes import run_program
 from pytorch_lightning import Callback, LightningModule, Trainer
+from rich.console import Console
 from safetensors.torch import save_file
 from support import SCHEDULE, TinyModule, record, trainer
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from inq_lightning.core.layer import Layer
 from inq_lightning.formats.accelerator import NUMBER_FORMATS, save_accelerator
 from inq_lightning.formats.packed import save_packed
 from inq_lightning.report.inspection import Inspection, inspect_file, inspect_layer
+from inq_lightning.report.tables import inspection_table
 
 LAYERS = ("net.0.weight", "net.3.weight")
 
@@ -258,7 +261,7 @@ def test_an_onnx_file_holds_the_codes_of_its_network(bits: int, activations: Any
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     with pytest.raises(SystemExit) as stopped:
         main([str(argument) for argument in arguments])
-    assert stopped.value.code == 1
+    assert stopped.value.code == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert len(err.splitlines()) == 1
@@ -449,6 +452,24 @@ def test_the_table_has_frozen_shares_and_noise_only_where_they_tell_something(
     shown = capsys.readouterr().out.split()
     assert {"frozen", "SNR/dB", "75.0%"} <= set(shown)
     assert "phase 2 of 4" in " ".join(shown)
+
+
+def test_eight_bits_of_a_deep_network_can_be_read_in_80_columns(tmp_path: Path) -> None:
+    name, layers, state = "net.layer4.1.conv2.weight", [], {}
+    for i in range(2):
+        weight = torch.randn(512, 512, 3, 3, generator=torch.Generator().manual_seed(i))
+        grid = PowerOfTwoGrid(1, 8)
+        state[f"{i}.{name}"] = grid.quantize(weight)
+        layers.append(Layer(f"{i}.{name}", (512, 512, 3, 3), 8, grid, weight.numel()))
+    save_packed(state, tmp_path / "net.safetensors", layers=layers)
+    console = Console(width=80, file=StringIO())
+    console.print(inspection_table(inspect_file(tmp_path / "net.safetensors")))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert all(len(line) <= 80 for line in lines)
+    assert "".join(line.split()[0] for line in lines[1:3]) == f"0.{name}"  # folded once
+    assert lines[1].split()[1:4] == ["512×512×3×3", "8", "0.0%"]
+    assert lines[1].split()[-2:] == ["9,437,184", "2,359,296"]
+    assert re.search(r" -62 …[ ▁▂▃▄▅▆▇█]{11} +1 ", lines[1])
 
 
 def test_the_table_tells_levels_where_they_are_not_the_papers(

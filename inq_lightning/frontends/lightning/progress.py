@@ -15,7 +15,8 @@ class INQProgressBar(RichProgressBar):
     """Lightning's Rich progress bar with a line for the quantization, while an INQCallback is at work.
 
     The line shows the phase, the portion of the weights that it freezes, the batches that are done of those until all
-    weights are quantized, and the time until then, measured from the speed so far. Its arguments are those of
+    weights are quantized, and the time until then, measured from the speed so far. The fraction and the logger's
+    version are not shown beside Lightning's bars. Its arguments are those of
     :class:`~pytorch_lightning.callbacks.RichProgressBar`.
 
     Raises:
@@ -23,6 +24,11 @@ class INQProgressBar(RichProgressBar):
     """
 
     _inq_task: Any = None  # the line, once training has started
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """What stands beside Lightning's bars: not the fraction, which has a line, nor the version of a logger."""
+        metrics = super().get_metrics(trainer, pl_module)
+        return {name: value for name, value in metrics.items() if name not in ("v_num", "inq/quantized_fraction")}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with a fresh display."""

@@ -484,7 +484,7 @@ def test_without_matplotlib_one_warning_says_so_and_the_rest_is_logged(tmp_path:
     printed = run_program("-c", code, cwd=tmp_path)
     lines = [line for line in printed.splitlines() if line]
     assert len(lines) == 1, printed
-    assert "pip install 'inq-lightning[train]'" in lines[0]
+    assert "the extra train, pip install 'matplotlib>=" in lines[0]
     tags = events(tmp_path / "run").Tags()
     assert tags["images"] == []
     assert len(tags["histograms"]) == 4

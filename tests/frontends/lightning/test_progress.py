@@ -5,22 +5,21 @@ import json
 import os
 import pty
 import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from omegaconf import OmegaConf
-from processes import Program
+from processes import Program, write_script
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
 from support import SCHEDULE, TinyModule, trainer
 
 from inq_lightning import INQCallback, Schedule
 from inq_lightning.frontends.lightning.progress import INQProgressBar
-from inq_lightning.recipes.command import accept_json, choose_output
+from inq_lightning.recipes.command import choose_output
 
 
 class Lines(Callback):
@@ -56,6 +55,13 @@ def test_the_line_shows_phase_portion_and_the_batches_until_all_is_quantized() -
     assert [(done, total) for _, done, total in lines.seen] == [(min(i, 12), 12) for i in range(1, 17)]
     assert "INQ phase 4/4: 100.0%" in screen
     assert "Epoch 3/3" in screen
+    assert "quantized_fraction" not in screen  # it has the line
+
+
+def test_the_version_of_a_logger_is_not_shown(tmp_path: Path) -> None:
+    _, screen = run(INQCallback(schedule=SCHEDULE), logger=CSVLogger(tmp_path, version="quantize"))
+    assert "Epoch 3/3" in screen
+    assert "v_num" not in screen
 
 
 def test_a_schedule_in_steps_counts_the_batches_that_they_take() -> None:
@@ -147,7 +153,7 @@ def test_away_from_a_terminal_standard_output_is_lines_of_json(tmp_path: Path) -
 def test_on_a_terminal_it_shows_progress_and_a_table(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     environment = os.environ | {"COLUMNS": "160", "TERM": "xterm"}
-    command = [Path(sysconfig.get_path("scripts")) / COMMAND[0], *COMMAND[1:]]
+    command = [write_script(COMMAND[0], tmp_path), *COMMAND[1:]]
     with subprocess.Popen(
         command, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, env=environment
     ) as process:
@@ -162,9 +168,15 @@ def test_on_a_terminal_it_shows_progress_and_a_table(tmp_path: Path) -> None:
         "INQ phase 2/2: 100.0%",
         "Incremental Network Quantization",
         "quantized",
+        "Stage 1: training at full precision, 1 epoch\r",
+        "Stage 2: quantizing to 5 bits, 2 epochs in 2 phases\r",
+        "Stage 3: testing the quantized network\r",
+        "  inq-inspect run/quantized.ckpt\r",
+        "  inq-export run/quantized.ckpt network.onnx\r",
     ):
         assert text in screen.decode()
-    assert '"event"' not in screen.decode()
+    for text in ('"event"', "deprecated", "GPU available", "v_num"):
+        assert text not in screen.decode()
 
 
 def _read(terminal: int) -> bytes:
@@ -172,12 +184,6 @@ def _read(terminal: int) -> bytes:
         return os.read(terminal, 65536)
     except OSError:  # how Linux says that nobody has the other side open
         return b""
-
-
-def test_json_as_a_flag_is_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["inq-train", "inq.bits=4", "--json"])
-    accept_json()
-    assert sys.argv == ["inq-train", "inq.bits=4", "output=json"]
 
 
 def test_an_unknown_output_is_refused() -> None:
