@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks.accuracy.channels import KEPT as CHANNELS_KEPT
+from benchmarks.accuracy.digits import KEPT as DIGITS_KEPT
+from benchmarks.accuracy.integers import KEPT as INTEGERS_KEPT
 from benchmarks.accuracy.norms import KEPT as NORMS_KEPT
 from benchmarks.accuracy.study import TRIAL
 from benchmarks.template import fill
@@ -188,6 +190,37 @@ def norms() -> str:
     return "\n".join(lines)
 
 
+def _cells(values: Iterable[float | None]) -> str:
+    return " | ".join("" if value is None else f"{value:.2f}" for value in values)
+
+
+def integers() -> str:
+    """ResNet-20 with rounded activations and in whole numbers, without training."""
+    lines = [
+        "| seed | bits | full precision | float activations | 8 bits | whole | 6 bits | whole | 4 bits | whole |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in json.loads(INTEGERS_KEPT.read_text()):
+        widths = (row.get(f"a{width}{kind}") for width in (8, 6, 4) for kind in ("", " integer"))
+        lines.append(f"| {row['seed']} | {row['bits']} | {_cells([row['baseline'], row['float'], *widths])} |")
+    return "\n".join(lines)
+
+
+def digits() -> str:
+    """Small networks on digits, trained with rounded activations: mean over the seeds."""
+    rows = json.loads(DIGITS_KEPT.read_text())
+    lines = ["| bits | activations | full precision | quantized | whole numbers |", "|---|---|---|---|---|"]
+    kinds = dict.fromkeys((row["bits"], row["activations"]) for row in rows)
+    for bits, activations in kinds:
+        runs = [row for row in rows if (row["bits"], row["activations"]) == (bits, activations)]
+        means = [
+            None if None in (found := [run[key] for run in runs]) else 100 * statistics.mean(found)
+            for key in ("before", "after", "integer")
+        ]
+        lines.append(f"| {bits} | {activations or 'floats'} | {_cells(means)} |")
+    return "\n".join(lines)
+
+
 def preset() -> str:
     """What the preset of 5 bits reports of its run."""
     report = json.loads((HERE / "preset_5bit.json").read_text())
@@ -268,6 +301,8 @@ def page(results: Results) -> str:
         aims=aims(results),
         channels=channels(),
         norms=norms(),
+        integers=integers(),
+        digits=digits(),
         trials=trials(results),
         preset=preset(),
     )

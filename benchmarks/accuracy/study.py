@@ -30,13 +30,13 @@ from pytorch_lightning import Callback, LightningDataModule, LightningModule, Tr
 from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 
-from inq_lightning import INQCallback, PowerOfTwoGrid, Schedule
+from inq_lightning import INQCallback, PowerOfTwoGrid, Schedule, lower
 from inq_lightning.core.frozen import fit_levels
 from inq_lightning.core.restart import Restart
 from inq_lightning.formats.layers import find_grids
 from inq_lightning.recipes.classifier import Classifier
 from inq_lightning.recipes.config import TrainConfig, register_training
-from inq_lightning.recipes.stages import build_trainer
+from inq_lightning.recipes.stages import build_trainer, first_images
 from inq_lightning.recipes.start import plan_epochs
 from inq_lightning.report.plots import count_exponents
 
@@ -54,6 +54,8 @@ class StudyConfig(TrainConfig):
 
 
 ConfigStore.instance().store("base_study", StudyConfig)
+
+IMAGES = 512  # by which the predictions of whole numbers are compared
 
 TRIAL = "try-"  # what a trial's name begins with
 
@@ -126,6 +128,10 @@ def inq(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     find_grids(module, callback.layers)
     result["layers"] = [layer.as_dict() for layer in callback.layers]
     result["exponents"] = {"before": before, "after": exponents(module, callback)}
+    if callback.options.activation_bits is not None:
+        whole = lower(module, torch.cat(first_images(data, IMAGES)), layers=callback.layers)
+        with whole.computing(module):
+            result["integer"] = {**evaluate(cfg, module, data), **whole.summary}
     return result
 
 

@@ -177,7 +177,8 @@ class FrozenWeight:
         if count <= 0:
             return Rounding(0.0, 0.0)
         order = scores(self.parameter, partition, self.name, seed)
-        chosen = select(order, bits_of(self._values) == 0, count, like=self.parameter)
+        left = self.numel - self.frozen
+        chosen = select(order, bits_of(self._values) == 0, count, like=self.parameter, candidates=left)
         self.grid = grid
         values = self._values.to(grid.storage_dtype)
         signal, noise = [], []

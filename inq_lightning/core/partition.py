@@ -39,7 +39,9 @@ def scores(w: Tensor, partition: Partition, name: str = "", seed: int = 0) -> Te
     return sharding.local_part(torch.rand(w.shape, generator=generator), w)
 
 
-def select(score: Tensor, free: Tensor, count: int, like: Tensor | None = None) -> Tensor:
+def select(
+    score: Tensor, free: Tensor, count: int, like: Tensor | None = None, candidates: int | None = None
+) -> Tensor:
     """Choose the ``count`` free weights with the highest scores; among equal scores, the lowest index.
 
     Read as integers, the bits of non-negative floats are ordered as the floats are. So a histogram of their high 16
@@ -52,6 +54,7 @@ def select(score: Tensor, free: Tensor, count: int, like: Tensor | None = None) 
         free: bool, same shape: the candidates.
         count: How many to choose, over all shards.
         like: The sharded parameter that ``score`` belongs to, or None for a plain tensor.
+        candidates: How many candidates there are, over all shards, where that is known: a GPU need not be asked.
 
     Returns:
         bool tensor in the shape of ``score`` with ``count`` elements (over all shards) set.
@@ -60,7 +63,8 @@ def select(score: Tensor, free: Tensor, count: int, like: Tensor | None = None) 
         ValueError: There are fewer than ``count`` candidates.
     """
     like = score if like is None else like
-    candidates = int(sharding.sum_over_shards(free.count_nonzero(), like))
+    if candidates is None:
+        candidates = int(sharding.sum_over_shards(free.count_nonzero(), like))
     if not 0 <= count <= candidates:
         raise ValueError(f"cannot choose {count} of {candidates} free weights")
     if count == 0:
