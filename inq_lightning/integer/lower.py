@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -107,8 +107,7 @@ class _Pending:
     Attributes:
         make: Makes the operation of a scaling and its exponent, once the scaling is known.
         name: The layer.
-        own: Shape of the accumulators, without the batch.
-        shape: Shape of the result.
+        shape: Their shape, without the batch.
         exponent: That of the accumulator's step.
         peaks: Largest magnitudes of the accumulators, int64 of shape (channels,).
         factor: float64 of the same shape.
@@ -116,11 +115,12 @@ class _Pending:
         after: Likewise.
         low: Least result, in real units.
         high: Largest result, in real units.
+        moves: What comes behind the rounding, since it makes no difference where: it only moves values about, or takes
+            the largest.
     """
 
     make: Callable[..., Operation]
     name: str
-    own: tuple[int, ...]
     shape: tuple[int, ...]
     exponent: int
     peaks: Tensor
@@ -129,6 +129,7 @@ class _Pending:
     after: Tensor
     low: float = -torch.inf
     high: float = torch.inf
+    moves: tuple[Callable[[_Value], _Value], ...] = ()
 
 
 class _Lowering:
@@ -188,7 +189,7 @@ class _Lowering:
         ones = torch.ones(len(peaks), dtype=torch.float64)
         name, shape = self._name(step), self._result(step)
         make = partial(make, name=name)
-        return _Pending(make, name, shape, shape, exponent, peaks, ones, 0 * ones, 0 * ones)
+        return _Pending(make, name, shape, exponent, peaks, ones, 0 * ones, 0 * ones)
 
     def _as_pending(self, step: Step, value: _Value | _Pending) -> _Pending:
         """Something to scale: what is pending, or the value itself."""
@@ -254,12 +255,13 @@ class _Lowering:
             self.terms,
             low,
             high,
+            in_sums=cast("partial[Operation]", value.make).func is Product,
         )
         peak = max(scaling.peak(value.peaks), int(value.peaks.max()))
         least, largest = max(scaling.low, -peak), min(scaling.high, peak)
         result = self._append(
             value.make(
-                shape=value.own,
+                shape=value.shape,
                 scaling=scaling,
                 sums=int(value.peaks.max()),
                 exponent=exponent,
@@ -268,18 +270,9 @@ class _Lowering:
                 peak=peak,
             )
         )
-        if value.shape == value.own:
-            return result
-        moved = Reshape(
-            name=value.name,
-            sources=(result.place,),
-            shape=value.shape,
-            exponent=exponent,
-            low=least,
-            high=largest,
-            peak=max(-least, largest),
-        )
-        return self._append(moved)
+        for move in value.moves:
+            result = move(result)
+        return result
 
     def _product(self, step: Step) -> _Pending:
         value, module = self._whole(step, step.sources[0]), step.module
@@ -311,6 +304,8 @@ class _Lowering:
 
     def _norm(self, step: Step) -> _Pending:
         pending, module = self._as_pending(step, self.values[step.sources[0]]), step.module
+        if pending.moves:
+            raise self._not_rounded(step)
         assert isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
         if module.running_mean is None or module.running_var is None:
             raise ValueError(f"{self._name(step)} keeps no running statistics; train it with track_running_stats=True")
@@ -355,7 +350,10 @@ class _Lowering:
         make = partial(Average, sources=(value.place,), kernel=kernel, stride=stride, padding=padding)
         pending = self._pending(step, make, value.exponent, torch.tensor([area * max(-value.low, value.high)]))
         pending.factor = pending.factor / area
-        return replace(pending, own=(*pending.shape, 1, 1)[:3])  # a mean may drop the pixels
+        if len(pending.shape) == 3:
+            return pending
+        flat = partial(self._moved, Reshape, step)  # a mean may drop the pixels
+        return replace(pending, shape=(*pending.shape, 1, 1), moves=(flat,))
 
     def _window(self, step: Step) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         """Kernel, stride and padding of an average."""
@@ -384,8 +382,15 @@ class _Lowering:
             )
         return kernel, stride, padding
 
-    def _max(self, step: Step) -> _Value:
-        value = self._whole(step, step.sources[0])
+    def _max(self, step: Step) -> _Value | _Pending:
+        value = self.values[step.sources[0]]
+        return self._later(value, partial(self._largest, step))
+
+    def _later(self, value: _Value | _Pending, move: Callable[[_Value], _Value]) -> _Value | _Pending:
+        """Move a value, now or once it is rounded."""
+        return move(value) if isinstance(value, _Value) else replace(value, moves=(*value.moves, move))
+
+    def _largest(self, step: Step, value: _Value) -> _Value:
         options = vars(step.module) if step.module is not None else step.options
         if options.get("ceil_mode", False) or len(value.shape) != 3:
             raise ValueError(f"{self._name(step)}: only two dimensions without ceil_mode are supported")
@@ -439,19 +444,16 @@ class _Lowering:
         )
 
     def _shape(self, step: Step) -> _Value | _Pending:
-        value, after = self.values[step.sources[0]], self._result(step)
         if step.node.meta["tensor_meta"].shape[0] != _TRIED:
             raise ValueError(f"{self._name(step)} changes the first dimension, which is the batch")
-        if isinstance(value, _Pending):
-            same = after[:1] == value.shape[:1] and set(after[1:] + value.shape[1:]) <= {1}
-            if after != value.shape and not same:
-                raise self._not_rounded(step)
-            return replace(value, shape=after)
+        return self._later(self.values[step.sources[0]], partial(self._move, step))
+
+    def _move(self, step: Step, value: _Value) -> _Value:
         if step.function == "pad" or isinstance(step.module, nn.ZeroPad2d):
             return self._pad(step, value)
         if step.function == "getitem":
             return self._slice(step, value)
-        return value if after == value.shape else self._moved(Reshape, step, value)
+        return value if self._result(step) == value.shape else self._moved(Reshape, step, value)
 
     def _pad(self, step: Step, value: _Value) -> _Value:
         amounts: Any = step.options["pad"] if step.module is None else step.module.padding

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 _MOST = (1 << 31) - 1  # what an accumulator holds
-_SHIFT = 30  # the largest right shift: beyond it nothing is left of 32 bits
+_LEFT = 30  # the largest left shift
+# The largest right shift. float32 then rounds as whole numbers do, as ONNX Runtime has it: a result of 8 bits that is
+# not half-way between two codes is at least 2^-16 from there, twice what float32 loses. More would be of little use.
+_RIGHT = 16
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Scaling:
         signs: -1, 0 or 1; int32 of shape (terms, channels); one channel stands for all.
         lefts: Shifts of the terms, 0 to 30; likewise.
         bias: int32 of shape (channels,).
-        rights: The shift that rounds, 0 to 30; int32 of shape (channels,).
+        rights: The shift that rounds, 0 to 16; int32 of shape (channels,).
         low: Least result.
         high: Largest result.
     """
@@ -92,6 +95,7 @@ def fit_scaling(
     terms: int,
     low: int | None = None,
     high: int | None = None,
+    in_sums: bool = False,
 ) -> tuple[Scaling, int]:
     """Scaling that comes nearest to factor · (accumulator + before) + after, in steps of 2^to.
 
@@ -108,6 +112,7 @@ def fit_scaling(
         terms: Powers of two a factor has at most.
         low: Least result; None for all of 32 bits.
         high: Largest result; likewise.
+        in_sums: Whether the bias is a whole number of the accumulator's steps, as int8 kernels have it.
 
     Returns:
         The scaling, and the exponent of the result's step.
@@ -119,7 +124,7 @@ def fit_scaling(
     if to is None:
         to = exponent + min((k for found in sums for _, k in found), default=0)
     channels = [
-        _channel(name, found, inside, outside, peak, exponent, to)
+        _channel(name, found, inside, outside, peak, exponent, to, in_sums)
         for found, inside, outside, peak in zip(sums, before.tolist(), after.tolist(), peaks.tolist(), strict=True)
     ]
     most = max(1, *(len(lefts) for lefts, _, _ in channels))
@@ -134,17 +139,26 @@ def fit_scaling(
 
 
 def _channel(
-    name: str, found: list[tuple[int, int]], before: float, after: float, peak: int, exponent: int, to: int
+    name: str,
+    found: list[tuple[int, int]],
+    before: float,
+    after: float,
+    peak: int,
+    exponent: int,
+    to: int,
+    in_sums: bool,
 ) -> tuple[list[tuple[int, int]], int, int]:
     """Terms as (sign, left shift), bias and right shift of one channel: as many terms as fit into 32 bits."""
-    found = [(sign, k) for sign, k in found if k >= to - exponent - _SHIFT]
+    found = [(sign, k) for sign, k in found if k >= to - exponent - _RIGHT]
     while True:
         base = min([to - exponent, *(k for _, k in found)])
         lefts, right = [(sign, k - base) for sign, k in found], to - exponent - base
         offset = after + sum(sign * 2.0**k for sign, k in found) * before
-        bias = round(math.ldexp(offset, -(exponent + base)))  # half to even
+        factor = sum(sign << left for sign, left in lefts) if in_sums else 1
+        unit = abs(factor) or 1
+        bias = unit * round(math.ldexp(offset, -(exponent + base)) / unit)  # half to even
         most = sum(peak << left for _, left in lefts) + abs(bias) + ((1 << right) >> 1)
-        if most <= _MOST and all(left <= _SHIFT for _, left in lefts):
+        if most <= _MOST and all(left <= _LEFT for _, left in lefts):
             return lefts, bias, right
         if right == 0:
             raise ValueError(

@@ -256,7 +256,7 @@ def take_off(net: nn.Module) -> None:
     [
         (spoil_weight, r"not fully quantized: 3\.weight is not on a grid"),
         (spoil_calibration, "1: its activations are not calibrated"),
-        (take_off, "2 takes what 1 returns, which is not rounded"),
+        (take_off, "3 takes what 2 returns, which is not rounded"),
     ],
 )
 def test_what_is_not_ready_is_refused_by_name(spoil: Callable[[nn.Module], None], message: str) -> None:
