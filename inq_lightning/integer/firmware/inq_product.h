@@ -1,0 +1,155 @@
+/* Convolutions and linear layers, on bytes.
+ *
+ * inq_weights.h brings inq_dot1, the sum of one output of a linear layer, and inq_dot4, that of one output channel at
+ * a tile of 2 x 2 pixels: what four pixels take is gathered into one column of words, one byte a pixel, so that each
+ * weight is looked at once for all four, and one addition serves two pixels, 16 bits each. */
+
+#ifndef INQ_PRODUCT_H
+#define INQ_PRODUCT_H
+
+#include "inq_kernels.h"
+#include "inq_weights.h"
+
+typedef struct {
+    inq_weights_t weights;
+    inq_scaling scaling;
+    uint16_t outputs;
+    uint8_t planes;   /* bytes of one number of x; the values of all first bytes come first */
+} inq_linear_t;
+
+static inline void inq_linear(const inq_linear_t *op, const uint8_t *x, const inq_value *y)
+{
+    inq_channel channel = inq_first(&op->scaling);
+    const inq_code *codes = op->weights.codes;
+    uint16_t output;
+    for (output = 0; output != op->outputs; ++output) {
+        const inq_code *next = codes;
+        const uint8_t *plane = x;
+        uint32_t sum = 0;
+        uint8_t p, shift = 0;
+        for (p = 0; p != op->planes; ++p, shift += 8, plane += op->weights.inputs) {
+            uint32_t part;
+            next = inq_dot1(&op->weights, codes, plane, &part);
+            sum += part << shift;
+        }
+        codes = next;
+        inq_put(y, output, inq_finish(&op->scaling, &channel, sum));
+        inq_next(&op->scaling, &channel);
+    }
+}
+
+typedef struct {
+    inq_weights_t weights;
+    inq_scaling scaling;
+    uint16_t groups, outputs, channels; /* the last two of one group */
+    uint16_t height, width;
+    uint16_t rows, columns; /* of the result */
+    uint16_t kernel[2], stride[2], dilation[2];
+    uint16_t padding[2];
+    uint8_t planes;      /* bytes of one number of x */
+    uint8_t zeros[4];    /* what stands for 0 in each of them */
+    uint32_t plane;      /* height · width */
+    uint32_t group;      /* channels · height · width */
+    uint32_t all;        /* groups · channels · height · width */
+    uint32_t result;     /* rows · columns */
+    int32_t first;       /* place of the first tap: -padding[0] · width */
+    uint32_t row_stride; /* stride[0] · width */
+    uint32_t row_step;   /* dilation[0] · width */
+} inq_convolution_t;
+
+/* What the four pixels of a tile take: tap by tap, in each tap channel by channel, a byte a pixel. */
+static inline void inq_gather(const inq_convolution_t *op, const uint8_t *x, const uint8_t *zero, int32_t top,
+                              int32_t left, int32_t line, uint32_t *columns)
+{
+    uint16_t ky, kx, c;
+    for (ky = 0; ky != op->kernel[0]; ++ky, top += op->dilation[0], line += (int32_t)op->row_step) {
+        int32_t xx = left;
+        for (kx = 0; kx != op->kernel[1]; ++kx, xx += op->dilation[1]) {
+            const uint8_t *from[4];
+            uint32_t steps[4];
+            uint8_t pixel;
+            for (pixel = 0; pixel != 4; ++pixel) {
+                int32_t py = pixel & 2 ? top + op->stride[0] : top;
+                int32_t px = pixel & 1 ? xx + op->stride[1] : xx;
+                int inside = py >= 0 && py < op->height && px >= 0 && px < op->width;
+                from[pixel] = inside ? x + (pixel & 2 ? line + (int32_t)op->row_stride : line) + px : zero;
+                steps[pixel] = inside ? op->plane : 0;
+            }
+            for (c = 0; c != op->channels; ++c) {
+                *columns++ = *from[0] | (uint32_t)*from[1] << 8 | (uint32_t)*from[2] << 16 | (uint32_t)*from[3] << 24;
+                from[0] += steps[0];
+                from[1] += steps[1];
+                from[2] += steps[2];
+                from[3] += steps[3];
+            }
+        }
+    }
+}
+
+/* columns: room for planes · weights.inputs words. */
+static inline void inq_convolution(const inq_convolution_t *op, const uint8_t *x, const inq_value *y,
+                                   uint32_t *columns)
+{
+    inq_channel first = inq_first(&op->scaling);
+    const inq_code *codes = op->weights.codes;
+    uint32_t to = 0;
+    uint16_t g, row, column, output;
+    for (g = 0; g != op->groups; ++g, x += op->group) {
+        const inq_code *next = codes;
+        inq_channel channel = first;
+        int32_t top = -(int32_t)op->padding[0], line = op->first;
+        uint32_t start = to;
+        for (row = 0; row < op->rows; row += 2) {
+            int32_t left = -(int32_t)op->padding[1];
+            for (column = 0; column < op->columns; column += 2) {
+                const uint8_t *plane = x;
+                uint32_t *words = columns;
+                uint32_t place = start + column;
+                uint8_t p;
+                for (p = 0; p != op->planes; ++p, plane += op->all, words += op->weights.inputs)
+                    inq_gather(op, plane, op->zeros + p, top, left, line, words);
+                next = codes;
+                channel = first;
+                for (output = 0; output != op->outputs; ++output, place += op->result) {
+                    const inq_code *here = next;
+                    uint32_t sums[4], more[4];
+                    uint8_t shift = 0;
+                    words = columns;
+                    next = inq_dot4(&op->weights, here, words, sums);
+                    for (p = 1; p != op->planes; ++p) {
+                        words += op->weights.inputs;
+                        shift += 8;
+                        inq_dot4(&op->weights, here, words, more);
+                        sums[0] += more[0] << shift;
+                        sums[1] += more[1] << shift;
+                        sums[2] += more[2] << shift;
+                        sums[3] += more[3] << shift;
+                    }
+                    inq_put(y, place, inq_finish(&op->scaling, &channel, sums[0]));
+                    if (column + 1 != op->columns)
+                        inq_put(y, place + 1, inq_finish(&op->scaling, &channel, sums[1]));
+                    if (row + 1 != op->rows) {
+                        inq_put(y, place + op->columns, inq_finish(&op->scaling, &channel, sums[2]));
+                        if (column + 1 != op->columns)
+                            inq_put(y, place + op->columns + 1, inq_finish(&op->scaling, &channel, sums[3]));
+                    }
+                    inq_next(&op->scaling, &channel);
+                }
+                left += op->stride[1];
+                left += op->stride[1];
+            }
+            start += op->columns;
+            start += op->columns;
+            top += op->stride[0];
+            top += op->stride[0];
+            line += (int32_t)op->row_stride;
+            line += (int32_t)op->row_stride;
+        }
+        codes = next;
+        first = channel;
+        for (output = 0; output != op->outputs; ++output)
+            to += op->result;
+    }
+}
+
+#endif

@@ -1,0 +1,102 @@
+/* Weights as codes, the first in a word's lowest bits; each output begins a word. The smallest layout.
+ *
+ * Inputs are added up by the code that they meet. Code 2 k is the k-th largest magnitude, 2 k + 1 its negative, the
+ * last one zero. In the end the sums of all codes become one, a shift for each magnitude. */
+
+#ifndef INQ_WEIGHTS_H
+#define INQ_WEIGHTS_H
+
+#include "inq_lanes.h"
+
+typedef uint32_t inq_code;
+
+typedef struct {
+    const inq_code *codes;
+    const uint8_t *gaps; /* shift to the left after each magnitude, from the largest down */
+    uint16_t inputs;     /* of one output */
+    uint16_t block;      /* so many at a time, a multiple of those in a word */
+    uint8_t magnitudes;
+    uint8_t bits, each; /* of a code; codes in a word */
+} inq_weights_t;
+
+/* inq_network.c says INQ_BITS and INQ_EACH: numbers where all layers have codes of one length; and INQ_CODES, how many
+ * codes the longest ones tell apart. */
+
+static inline const inq_code *inq_dot1(const inq_weights_t *weights, const inq_code *codes, const uint8_t *inputs,
+                                       uint32_t *sum)
+{
+    uint32_t bins[INQ_CODES], total = 0;
+    const uint32_t mask = ((uint32_t)1 << INQ_BITS) - 1;
+    const uint32_t *bin = bins;
+    uint16_t left = weights->inputs;
+    uint8_t i;
+    for (i = 0; i <= mask; ++i)
+        bins[i] = 0;
+    for (; left >= INQ_EACH; left = (uint16_t)(left - INQ_EACH)) {
+        uint32_t word = *codes++;
+        for (i = 0; i != INQ_EACH; ++i, word >>= INQ_BITS)
+            bins[word & mask] += *inputs++;
+    }
+    if (left) {
+        uint32_t word = *codes++;
+        for (; left; --left, word >>= INQ_BITS)
+            bins[word & mask] += *inputs++;
+    }
+    for (i = 0; i != weights->magnitudes; ++i, bin += 2)
+        total = (total + bin[0] - bin[1]) << weights->gaps[i];
+    *sum = total;
+    return codes;
+}
+
+typedef struct {
+    uint32_t even, odd;
+} inq_pair;
+
+static inline void inq_add(inq_pair *bin, uint32_t column)
+{
+    bin->even += column & INQ_EVEN;
+    bin->odd += column >> 8;
+}
+
+static inline const inq_code *inq_dot4(const inq_weights_t *weights, const inq_code *codes, const uint32_t *columns,
+                                       uint32_t *sums)
+{
+    inq_pair bins[INQ_CODES];
+    const uint32_t mask = ((uint32_t)1 << INQ_BITS) - 1;
+    uint16_t left = weights->inputs;
+    sums[0] = sums[1] = sums[2] = sums[3] = 0;
+    while (left) {
+        uint16_t block = left < weights->block ? left : weights->block;
+        uint32_t part[4] = {0, 0, 0, 0};
+        const inq_pair *bin = bins;
+        uint8_t i;
+        left = (uint16_t)(left - block);
+        for (i = 0; i <= mask; ++i)
+            bins[i].even = bins[i].odd = 0;
+        for (; block >= INQ_EACH; block = (uint16_t)(block - INQ_EACH)) {
+            uint32_t word = *codes++;
+            for (i = 0; i != INQ_EACH; ++i, word >>= INQ_BITS)
+                inq_add(bins + (word & mask), *columns++);
+        }
+        if (block) {
+            uint32_t word = *codes++;
+            for (; block; --block, word >>= INQ_BITS)
+                inq_add(bins + (word & mask), *columns++);
+        }
+        for (i = 0; i != weights->magnitudes; ++i, bin += 2) {
+            uint8_t gap = weights->gaps[i];
+            inq_spread(bin[0].even - bin[1].even, bin[0].odd - bin[1].odd, part);
+            part[0] <<= gap;
+            part[1] <<= gap;
+            part[2] <<= gap;
+            part[3] <<= gap;
+        }
+        sums[0] += part[0];
+        sums[1] += part[1];
+        sums[2] += part[2];
+        sums[3] += part[3];
+    }
+    return codes;
+}
+
+#endif
