@@ -38,6 +38,7 @@ _FIXED = ("inq_kernels.h", "inq_lanes.h", "inq_product.h", "inq_test.c", "Makefi
 _VECTORS = 4  # made up where there are no images
 _DIMENSIONS = 4  # of what is moved
 _WORD = 1 << 32
+_COLUMN = {"packed": 4, "lists": 8}  # bytes
 
 
 @dataclass(frozen=True)
@@ -187,8 +188,11 @@ class _Program:
         """Bytes that a product works in: columns of four pixels, then the bytes of wide inputs."""
         source = self.values[self.roots[product.sources[0]]]
         planes, _ = self._planes(source)
-        columns = 4 * planes * rows_of(product).shape[1] if product.weight.dim() == 4 else 0
-        return columns + (planes * source.size if source.wide else 0)
+        return self._columns(product, planes) + (planes * source.size if source.wide else 0)
+
+    def _columns(self, product: Product, planes: int) -> int:
+        """Bytes of the columns of a convolution."""
+        return _COLUMN[self.layout] * planes * rows_of(product).shape[1] if product.weight.dim() == 4 else 0
 
     def _planes(self, source: _Value) -> tuple[int, int]:
         return planes_of(source.low, source.high) if source.wide else (1, source.zero)
@@ -315,9 +319,8 @@ class _Program:
         scaling = self._scaling(k, op, op.scaling, excess)
         bytes_, scratch = self._bytes_at(op.sources[0]), self.scratch.get(k, 0) // 4
         if source.wide:
-            columns = 4 * planes * rows.shape[1] if convolution else 0
-            bytes_ = f"(const uint8_t *)(inq_memory + {scratch + columns // 4})"
-            to = f"(uint8_t *)(inq_memory + {scratch + columns // 4})"
+            to = f"(uint8_t *)(inq_memory + {scratch + self._columns(op, planes) // 4})"
+            bytes_ = to
             value = self._value_at(op.sources[0])
             self.calls.append(f"    inq_split({value}, {source.size}u, {zero}u, {planes}, {to});")
         fields: list[tuple[str, object]] = [("weights", weights), ("scaling", scaling)]
@@ -353,12 +356,14 @@ class _Program:
             "row_step": op.dilation[0] * width,
         }
         at = self._describe("inq_convolution_t", k, [*fields, *numbers.items()])
-        self.calls.append(f"    inq_convolution({at}, {bytes_}, {self._value_at(k)}, inq_memory + {scratch});")
+        self.calls.append(
+            f"    inq_convolution({at}, {bytes_}, {self._value_at(k)}, (inq_column *)(inq_memory + {scratch}));"
+        )
 
     def _weights(self, op: Product, rows: Tensor, largest: int | None) -> Table:
         if self.layout == "packed":
             return pack(rows, self.bits[id(op)], largest)
-        table = list_inputs(rows, largest, 1 if largest is None else 4)
+        table = list_inputs(rows, largest, 1 if largest is None else _COLUMN[self.layout])
         _check(op.name, "lists of one output", table.fields[1], 255)
         _check(op.name, "bytes of inputs that a list tells apart", max(table.numbers, default=0), 65535)
         return table

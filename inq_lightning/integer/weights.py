@@ -14,6 +14,7 @@ from inq_lightning.integer.operations import Product
 
 _LANE = (1 << 15) - 1  # what 16 bits of a word hold, with a sign
 _BIAS = 1 << 15  # added to each lane when it is taken out, so that no borrow reaches the next
+_TAKE = 128  # in a gap: sums are taken out
 _LIST = 255  # entries of one sign, at most, in a list
 
 
@@ -70,15 +71,14 @@ def pack(rows: Tensor, bits: int, largest: int | None) -> Table:
     words = -(-inputs // each)
     padded = torch.zeros(len(rows), words * each, dtype=torch.int64)
     padded[:, :inputs] = codes
-    shifts = torch.arange(each) * bits
-    numbers = (padded.reshape(-1, each) << shifts).sum(1).tolist()
-    block, excess = words * each, 0
-    if largest is not None:
-        limit = _LANE // max(largest, 1)
-        if _most(rows) > limit:
-            block = limit // each * each
-        excess = _BIAS * sum(1 << e for e in exponents) * -(-inputs // block)
-    return Table(numbers, (inputs, block, len(exponents), bits, each), _gaps(exponents), excess)
+    numbers = (padded.reshape(-1, each) << torch.arange(each) * bits).sum(1).tolist()
+    counts = torch.stack([_counts(rows, exponent) for exponent in exponents]) if exponents else rows.new_zeros(0, 2, 1)
+    block = words * each
+    if largest is not None and counts.numel() and int(counts.max()) > _limit(largest):
+        block = _limit(largest) // each * each
+        counts = torch.full_like(counts, _limit(largest))
+    gaps, excess = _gaps(exponents, counts, largest)
+    return Table(numbers, (inputs, block, len(exponents), bits, each), gaps, excess * -(-inputs // block))
 
 
 def list_inputs(rows: Tensor, largest: int | None, size: int) -> Table:
@@ -89,31 +89,54 @@ def list_inputs(rows: Tensor, largest: int | None, size: int) -> Table:
         largest: See :func:`pack`.
         size: Bytes of one input, or of one column.
     """
-    limit = _LIST if largest is None else min(_LIST, _LANE // max(largest, 1))
-    split: list[int] = []  # exponents, each as often as the longest list needs it
+    limit = min(_LIST, _limit(largest or 1))
+    split: list[tuple[int, int]] = []  # exponent and number of a list; a magnitude has as many as one output needs
     for exponent in magnitudes_of(rows):
-        split += [exponent] * -(-_most(rows, exponent) // limit)
+        split += [(exponent, part) for part in range(-(-int(_counts(rows, exponent).max()) // limit))]
     numbers: list[int] = []
     for row in rows:
-        for k, exponent in enumerate(split):
-            start = (k - split.index(exponent)) * limit
-            both = [(row == sign << exponent).nonzero()[:, 0][start : start + limit].tolist() for sign in (1, -1)]
+        for exponent, part in split:
+            both = [(row == sign << exponent).nonzero()[:, 0].tolist() for sign in (1, -1)]
+            both = [places[part * limit : (part + 1) * limit] for places in both]
             numbers.append(len(both[0]) | len(both[1]) << 8)
-            numbers += [size * k for one in both for k in one]
-    excess = 0 if largest is None else _BIAS * sum(1 << e for e in split)
-    return Table(numbers, (rows.shape[1], len(split)), _gaps(split), excess)
+            numbers += [size * place for places in both for place in places]
+    exponents = [exponent for exponent, _ in split]
+    counts = [(_counts(rows, exponent) - part * limit).clamp(0, limit) for exponent, part in split]
+    gaps, excess = _gaps(exponents, torch.stack(counts) if counts else rows.new_zeros(0, 2, 1), largest)
+    return Table(numbers, (rows.shape[1], len(split)), gaps, excess)
 
 
-def _most(rows: Tensor, *exponents: int) -> int:
-    """How many weights of one output are equal, at most."""
-    return max(
-        (int((rows == sign << e).sum(1).max()) for e in exponents or magnitudes_of(rows) for sign in (1, -1)),
-        default=0,
-    )
+def _limit(largest: int) -> int:
+    """How many inputs of one sign 16 bits hold."""
+    return _LANE // max(largest, 1)
 
 
-def _gaps(exponents: Sequence[int]) -> list[int]:
-    return [a - b for a, b in pairwise([*exponents, 0])]
+def _counts(rows: Tensor, exponent: int) -> Tensor:
+    """How many weights of each output are this magnitude, and its negative: int64 of shape (2, outputs)."""
+    return torch.stack([(rows == sign << exponent).sum(1) for sign in (1, -1)])
+
+
+def _gaps(exponents: Sequence[int], counts: Tensor, largest: int | None) -> tuple[list[int], int]:
+    """Shifts from each exponent to the next and at last to 0; where sums have to be taken out; the excess of that.
+
+    Args:
+        exponents: Falling.
+        counts: How many inputs are added and subtracted: int64 of shape (exponents, 2, outputs).
+        largest: See :func:`pack`.
+    """
+    gaps = [a - b for a, b in pairwise([*exponents, 0])]
+    if largest is None or not gaps:
+        return gaps, 0
+    excess, held = 0, counts[0]
+    for k, exponent in enumerate(exponents):
+        last = k + 1 == len(exponents)
+        following = held if last else (held << min(gaps[k], 16)) + counts[k + 1]
+        if last or int(following.max()) > _limit(largest):
+            gaps[k] |= _TAKE
+            excess += _BIAS << exponent
+            following = counts[min(k + 1, len(exponents) - 1)]
+        held = following
+    return gaps, excess
 
 
 def planes_of(low: int, high: int) -> tuple[int, int]:

@@ -69,34 +69,43 @@ static inline void inq_next(const inq_scaling *scaling, inq_channel *channel)
     }
 }
 
-static inline int32_t inq_round(uint32_t total, uint8_t right, int32_t low, int32_t high)
+static inline uint32_t inq_round(const inq_scaling *scaling, uint8_t right, uint32_t total)
 {
-    uint32_t negative = total >> 31, size = total, most = (uint32_t)high;
+    uint32_t size = total, most = (uint32_t)scaling->high;
+    uint8_t negative = (uint8_t)(total >> 31);
     if (negative) { /* no negative number is shifted to the right: half to even is the same on both sides of 0 */
-        if (low == 0)
+        if (scaling->low == 0)
             return 0;
         size = 0 - total;
-        most = 0 - (uint32_t)low;
+        most = 0 - (uint32_t)scaling->low;
     }
     if (right)
         size = (size + ((size >> right) & 1) + ((uint32_t)1 << (right - 1)) - 1) >> right;
     if (size > most)
         size = most;
-    return negative && size ? -1 - (int32_t)(size - 1) : (int32_t)size;
+    return negative ? 0 - size : size;
 }
 
-static inline int32_t inq_finish(const inq_scaling *scaling, const inq_channel *channel, uint32_t sum)
+/* Sums of one channel become results, 1 or 4 of them. */
+static inline void inq_finish(const inq_scaling *scaling, const inq_channel *channel, uint32_t *sums, uint8_t count)
 {
     const uint8_t *term = channel->shifts + 1;
     const uint8_t *end = term + scaling->terms;
-    uint32_t total = *channel->bias;
+    uint32_t totals[4];
+    uint8_t i;
+    for (i = 0; i != count; ++i)
+        totals[i] = *channel->bias;
     for (; term != end; ++term) {
+        uint8_t left = *term & 31;
         if (*term < 32)
-            total += sum << *term;
+            for (i = 0; i != count; ++i)
+                totals[i] += sums[i] << left;
         else if (*term < 64)
-            total -= sum << (*term & 31);
+            for (i = 0; i != count; ++i)
+                totals[i] -= sums[i] << left;
     }
-    return inq_round(total, *channel->shifts, scaling->low, scaling->high);
+    for (i = 0; i != count; ++i)
+        sums[i] = inq_round(scaling, *channel->shifts, totals[i]);
 }
 
 /* ---- one or two values, number by number ------------------------------------------------------------------------- */
@@ -119,7 +128,8 @@ static inline void inq_sum(const inq_sum_t *op, const inq_value *a, const inq_va
             uint32_t sum = (uint32_t)inq_get(a, place) << op->lefts[0];
             if (b)
                 sum += (uint32_t)inq_get(b, place) << op->lefts[1];
-            inq_put(y, place, inq_finish(&op->scaling, &channel, sum));
+            inq_finish(&op->scaling, &channel, &sum, 1);
+            inq_put(y, place, inq_signed(sum));
         }
         inq_next(&op->scaling, &channel);
     }
@@ -171,7 +181,11 @@ static inline void inq_window(const inq_window_t *op, const inq_value *x, const 
                             largest = number;
                     }
                 }
-                inq_put(y, to++, op->scaling ? inq_finish(op->scaling, &channel, sum) : largest);
+                if (op->scaling) {
+                    inq_finish(op->scaling, &channel, &sum, 1);
+                    largest = inq_signed(sum);
+                }
+                inq_put(y, to++, largest);
             }
         }
         if (op->scaling)

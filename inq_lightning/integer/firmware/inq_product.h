@@ -33,7 +33,8 @@ static inline void inq_linear(const inq_linear_t *op, const uint8_t *x, const in
             sum += part << shift;
         }
         codes = next;
-        inq_put(y, output, inq_finish(&op->scaling, &channel, sum));
+        inq_finish(&op->scaling, &channel, &sum, 1);
+        inq_put(y, output, inq_signed(sum));
         inq_next(&op->scaling, &channel);
     }
 }
@@ -59,7 +60,7 @@ typedef struct {
 
 /* What the four pixels of a tile take: tap by tap, in each tap channel by channel, a byte a pixel. */
 static inline void inq_gather(const inq_convolution_t *op, const uint8_t *x, const uint8_t *zero, int32_t top,
-                              int32_t left, int32_t line, uint32_t *columns)
+                              int32_t left, int32_t line, inq_column *columns)
 {
     uint16_t ky, kx, c;
     for (ky = 0; ky != op->kernel[0]; ++ky, top += op->dilation[0], line += (int32_t)op->row_step) {
@@ -76,7 +77,7 @@ static inline void inq_gather(const inq_convolution_t *op, const uint8_t *x, con
                 steps[pixel] = inside ? op->plane : 0;
             }
             for (c = 0; c != op->channels; ++c) {
-                *columns++ = *from[0] | (uint32_t)*from[1] << 8 | (uint32_t)*from[2] << 16 | (uint32_t)*from[3] << 24;
+                *columns++ = inq_column_of(*from[0], *from[1], *from[2], *from[3]);
                 from[0] += steps[0];
                 from[1] += steps[1];
                 from[2] += steps[2];
@@ -86,25 +87,25 @@ static inline void inq_gather(const inq_convolution_t *op, const uint8_t *x, con
     }
 }
 
-/* columns: room for planes · weights.inputs words. */
+/* columns: room for planes · weights.inputs columns. */
 static inline void inq_convolution(const inq_convolution_t *op, const uint8_t *x, const inq_value *y,
-                                   uint32_t *columns)
+                                   inq_column *columns)
 {
     inq_channel first = inq_first(&op->scaling);
     const inq_code *codes = op->weights.codes;
-    uint32_t to = 0;
+    uint32_t to = 0; /* place of the group's first result */
     uint16_t g, row, column, output;
     for (g = 0; g != op->groups; ++g, x += op->group) {
         const inq_code *next = codes;
         inq_channel channel = first;
         int32_t top = -(int32_t)op->padding[0], line = op->first;
-        uint32_t start = to;
+        uint32_t start = 0, end = to;
         for (row = 0; row < op->rows; row += 2) {
             int32_t left = -(int32_t)op->padding[1];
             for (column = 0; column < op->columns; column += 2) {
                 const uint8_t *plane = x;
-                uint32_t *words = columns;
-                uint32_t place = start + column;
+                inq_column *words = columns;
+                uint32_t pixel = start + column, place = to + pixel;
                 uint8_t p;
                 for (p = 0; p != op->planes; ++p, plane += op->all, words += op->weights.inputs)
                     inq_gather(op, plane, op->zeros + p, top, left, line, words);
@@ -125,16 +126,18 @@ static inline void inq_convolution(const inq_convolution_t *op, const uint8_t *x
                         sums[2] += more[2] << shift;
                         sums[3] += more[3] << shift;
                     }
-                    inq_put(y, place, inq_finish(&op->scaling, &channel, sums[0]));
+                    inq_finish(&op->scaling, &channel, sums, 4);
+                    inq_put(y, place, inq_signed(sums[0]));
                     if (column + 1 != op->columns)
-                        inq_put(y, place + 1, inq_finish(&op->scaling, &channel, sums[1]));
+                        inq_put(y, place + 1, inq_signed(sums[1]));
                     if (row + 1 != op->rows) {
-                        inq_put(y, place + op->columns, inq_finish(&op->scaling, &channel, sums[2]));
+                        inq_put(y, place + op->columns, inq_signed(sums[2]));
                         if (column + 1 != op->columns)
-                            inq_put(y, place + op->columns + 1, inq_finish(&op->scaling, &channel, sums[3]));
+                            inq_put(y, place + op->columns + 1, inq_signed(sums[3]));
                     }
                     inq_next(&op->scaling, &channel);
                 }
+                end = place - pixel;
                 left += op->stride[1];
                 left += op->stride[1];
             }
@@ -147,8 +150,7 @@ static inline void inq_convolution(const inq_convolution_t *op, const uint8_t *x
         }
         codes = next;
         first = channel;
-        for (output = 0; output != op->outputs; ++output)
-            to += op->result;
+        to = end;
     }
 }
 

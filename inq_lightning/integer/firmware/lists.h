@@ -24,42 +24,81 @@ static inline const inq_code *inq_dot1(const inq_weights_t *weights, const inq_c
     const uint8_t *gap = weights->gaps, *end = gap + weights->lists;
     uint32_t total = 0;
     for (; gap != end; ++gap) {
-        uint32_t head = *list++;
-        const inq_code *middle = list + (head & 0xff), *last = middle + (head >> 8);
-        while (list != middle)
+        uint32_t head = *list++, count = head & 0xff;
+        for (; count >= 4; count -= 4, list += 4)
+            total += (uint32_t)inputs[list[0]] + inputs[list[1]] + inputs[list[2]] + inputs[list[3]];
+        for (; count; --count)
             total += inputs[*list++];
-        while (list != last)
+        for (count = head >> 8; count >= 4; count -= 4, list += 4)
+            total -= (uint32_t)inputs[list[0]] + inputs[list[1]] + inputs[list[2]] + inputs[list[3]];
+        for (; count; --count)
             total -= inputs[*list++];
-        total <<= *gap;
+        total <<= *gap & 31;
     }
     *sum = total;
     return list;
 }
 
-static inline const inq_code *inq_dot4(const inq_weights_t *weights, const inq_code *list, const uint32_t *columns,
+/* What four pixels take of one input, 16 bits apart already. */
+typedef inq_pair inq_column;
+
+static inline inq_column inq_column_of(uint32_t a, uint32_t b, uint32_t c, uint32_t d)
+{
+    inq_column column = {a | c << 16, b | d << 16};
+    return column;
+}
+
+static inline void inq_add(inq_pair *lanes, const inq_column *columns, inq_code place)
+{
+    const inq_column *column = (const inq_column *)((const uint8_t *)columns + place);
+    lanes->even += column->even;
+    lanes->odd += column->odd;
+}
+
+static inline void inq_subtract(inq_pair *lanes, const inq_column *columns, inq_code place)
+{
+    const inq_column *column = (const inq_column *)((const uint8_t *)columns + place);
+    lanes->even -= column->even;
+    lanes->odd -= column->odd;
+}
+
+static inline const inq_code *inq_dot4(const inq_weights_t *weights, const inq_code *list, const inq_column *columns,
                                        uint32_t *sums)
 {
     const uint8_t *gap = weights->gaps, *end = gap + weights->lists;
+    inq_pair lanes = {0, 0};
+    uint8_t pending = 0;
     sums[0] = sums[1] = sums[2] = sums[3] = 0;
     for (; gap != end; ++gap) {
-        uint32_t head = *list++, even = 0, odd = 0;
-        const inq_code *middle = list + (head & 0xff), *last = middle + (head >> 8);
-        while (list != middle) {
-            uint32_t column = *(const uint32_t *)((const uint8_t *)columns + *list++);
-            even += column & INQ_EVEN;
-            odd += column >> 8;
+        uint32_t head = *list++, count = head & 0xff;
+        for (; count >= 4; count -= 4, list += 4) {
+            inq_add(&lanes, columns, list[0]);
+            inq_add(&lanes, columns, list[1]);
+            inq_add(&lanes, columns, list[2]);
+            inq_add(&lanes, columns, list[3]);
         }
-        while (list != last) {
-            uint32_t column = *(const uint32_t *)((const uint8_t *)columns + *list++);
-            even -= column & INQ_EVEN;
-            odd -= column >> 8;
+        for (; count; --count)
+            inq_add(&lanes, columns, *list++);
+        for (count = head >> 8; count >= 4; count -= 4, list += 4) {
+            inq_subtract(&lanes, columns, list[0]);
+            inq_subtract(&lanes, columns, list[1]);
+            inq_subtract(&lanes, columns, list[2]);
+            inq_subtract(&lanes, columns, list[3]);
         }
-        inq_spread(even, odd, sums);
-        sums[0] <<= *gap;
-        sums[1] <<= *gap;
-        sums[2] <<= *gap;
-        sums[3] <<= *gap;
+        for (; count; --count)
+            inq_subtract(&lanes, columns, *list++);
+        if (*gap & INQ_TAKE) {
+            inq_shift(sums, pending);
+            inq_take(lanes, sums);
+            lanes.even = lanes.odd = 0;
+            pending = *gap & 31;
+        } else {
+            lanes.even <<= *gap;
+            lanes.odd <<= *gap;
+            pending = (uint8_t)(pending + *gap);
+        }
     }
+    inq_shift(sums, pending);
     return list;
 }
 

@@ -43,22 +43,33 @@ static inline const inq_code *inq_dot1(const inq_weights_t *weights, const inq_c
             bins[word & mask] += *inputs++;
     }
     for (i = 0; i != weights->magnitudes; ++i, bin += 2)
-        total = (total + bin[0] - bin[1]) << weights->gaps[i];
+        total = (total + bin[0] - bin[1]) << (weights->gaps[i] & 31);
     *sum = total;
     return codes;
 }
 
-typedef struct {
-    uint32_t even, odd;
-} inq_pair;
+/* What four pixels take of one input: a byte each. */
+typedef uint32_t inq_column;
 
-static inline void inq_add(inq_pair *bin, uint32_t column)
+static inline inq_column inq_column_of(uint32_t a, uint32_t b, uint32_t c, uint32_t d)
 {
-    bin->even += column & INQ_EVEN;
+    return a | b << 8 | c << 16 | d << 24;
+}
+
+/* Bytes 0 and 2 are added up 16 bits apart; 1, 2 and 3 are 8 bits apart, for 2 is known and can be subtracted. */
+static inline void inq_add(inq_pair *bin, inq_column column)
+{
+    bin->even += column & (uint32_t)0x00ff00ff;
     bin->odd += column >> 8;
 }
 
-static inline const inq_code *inq_dot4(const inq_weights_t *weights, const inq_code *codes, const uint32_t *columns,
+static inline inq_pair inq_lanes_of(inq_pair sum)
+{
+    sum.odd += (uint32_t)0x00800000 - ((sum.even + (uint32_t)0x80008000) >> 16 << 8);
+    return sum;
+}
+
+static inline const inq_code *inq_dot4(const inq_weights_t *weights, const inq_code *codes, const inq_column *columns,
                                        uint32_t *sums)
 {
     inq_pair bins[INQ_CODES];
@@ -68,8 +79,9 @@ static inline const inq_code *inq_dot4(const inq_weights_t *weights, const inq_c
     while (left) {
         uint16_t block = left < weights->block ? left : weights->block;
         uint32_t part[4] = {0, 0, 0, 0};
+        inq_pair lanes = {0, 0};
         const inq_pair *bin = bins;
-        uint8_t i;
+        uint8_t i, pending = 0;
         left = (uint16_t)(left - block);
         for (i = 0; i <= mask; ++i)
             bins[i].even = bins[i].odd = 0;
@@ -85,12 +97,20 @@ static inline const inq_code *inq_dot4(const inq_weights_t *weights, const inq_c
         }
         for (i = 0; i != weights->magnitudes; ++i, bin += 2) {
             uint8_t gap = weights->gaps[i];
-            inq_spread(bin[0].even - bin[1].even, bin[0].odd - bin[1].odd, part);
-            part[0] <<= gap;
-            part[1] <<= gap;
-            part[2] <<= gap;
-            part[3] <<= gap;
+            lanes.even += bin[0].even - bin[1].even;
+            lanes.odd += bin[0].odd - bin[1].odd;
+            if (gap & INQ_TAKE) {
+                inq_shift(part, pending);
+                inq_take(inq_lanes_of(lanes), part);
+                lanes.even = lanes.odd = 0;
+                pending = gap & 31;
+            } else {
+                lanes.even <<= gap;
+                lanes.odd <<= gap;
+                pending = (uint8_t)(pending + gap);
+            }
         }
+        inq_shift(part, pending);
         sums[0] += part[0];
         sums[1] += part[1];
         sums[2] += part[2];
