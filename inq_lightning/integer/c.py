@@ -144,6 +144,7 @@ class _Program:
         self.network, self.layout = network, layout
         self.tables: list[str] = []
         self.calls: list[str] = []
+        self.alike: dict[str, set[object]] = {}  # what fields of descriptors hold, by the macro that reads them
         self.table_bytes = 0
         self.bits = self._code_lengths()
         self.roots = [0]  # a reshaped value lies where it lay
@@ -157,6 +158,7 @@ class _Program:
             _value(op.name, op.low, op.high, op.shape, wide=k == self.last)
             for k, op in enumerate(network.operations, 1)
         ]
+        self.encoded = {id(op): self._encode(op) for op in products(network)}
         self.starts, self.scratch, self.buffer_bytes = self._memory()
         for k, operation in enumerate(network.operations, 1):
             if not isinstance(operation, Reshape):
@@ -192,7 +194,7 @@ class _Program:
 
     def _columns(self, product: Product, planes: int) -> int:
         """Bytes of the columns of a convolution."""
-        return _COLUMN[self.layout] * planes * rows_of(product).shape[1] if product.weight.dim() == 4 else 0
+        return _COLUMN[self.layout] * planes * self.encoded[id(product)].fields[0] if product.weight.dim() == 4 else 0
 
     def _planes(self, source: _Value) -> tuple[int, int]:
         return planes_of(source.low, source.high) if source.wide else (1, source.zero)
@@ -201,11 +203,6 @@ class _Program:
 
     def source(self) -> str:
         """The file."""
-        lengths = set(self.bits.values())
-        bits = str(lengths.pop()) if len(lengths) == 1 else "weights->bits"
-        each = str(32 // int(bits)) if bits.isdigit() else "weights->each"
-        codes = 1 << max(self.bits.values(), default=1)
-        defines = [f"#define INQ_BITS {bits}", f"#define INQ_EACH {each}", f"#define INQ_CODES {codes}", ""]
         memory = [f"static uint32_t inq_memory[{-(-self.buffer_bytes // 4)}];", ""] if self.buffer_bytes else []
         return "\n".join(
             [
@@ -213,7 +210,8 @@ class _Program:
                 "",
                 '#include "inq_network.h"',
                 "",
-                *(defines if self.layout == "packed" and self.bits else []),
+                *self._common(),
+                "",
                 '#include "inq_kernels.h"',
                 *(['#include "inq_product.h"'] if self.bits else []),
                 "",
@@ -227,6 +225,26 @@ class _Program:
                 "",
             ]
         )
+
+    def _common(self) -> list[str]:
+        """What is the same in all layers: numbers in place of fields."""
+        lengths = set(self.bits.values())
+        defines: dict[str, object] = {"INQ_WIDE": int(any(self.values[self.roots[k]].wide for k in self._read()))}
+        if self.layout == "packed" and lengths:
+            one = len(lengths) == 1
+            defines["INQ_BITS"] = max(lengths) if one else "weights->bits"
+            defines["INQ_EACH"] = 32 // max(lengths) if one else "weights->each"
+            defines["INQ_CODES"] = 1 << max(lengths)
+        for macro, found in self.alike.items():
+            if len(found) == 1:
+                defines[macro] = found.pop()
+        return [f"#define {name} {value}" for name, value in defines.items()]
+
+    def _read(self) -> Iterator[int]:
+        """Places of values that operations read."""
+        for op in self.network.operations:
+            if not isinstance(op, Reshape):
+                yield from op.sources
 
     def _declared(self) -> list[str]:
         """Values as the kernels know them, those alone that a call names."""
@@ -278,7 +296,7 @@ class _Program:
             for sign, left in zip(scaling.signs[:, c].tolist(), scaling.lefts[:, c].tolist(), strict=True):
                 shifts.append({1: 0, -1: 32, 0: 64}[sign] + left)
         biases = self._table("uint32_t", f"bias_{k}", (b % _WORD for b in bias))
-        rights = self._table("uint8_t", f"shifts_{k}", shifts)
+        rights = self._table("uint8_t", f"terms_{k}", shifts)
         shared = int(len(factors) == 1)
         return f"{{{biases}, {rights}, {scaling.terms}, {shared}, {_int32(scaling.low)}, {_int32(scaling.high)}}}"
 
@@ -308,14 +326,12 @@ class _Program:
         source, shape = self.values[self.roots[op.sources[0]]], self._shape(op.sources[0])
         planes, zero = self._planes(source)
         rows, convolution = rows_of(op), op.weight.dim() == 4
-        largest = (255 if source.wide else source.high + zero) if convolution else None
-        table = self._weights(op, rows, largest)
-        _check(op.name, "inputs of one output", rows.shape[1])
+        table = self.encoded[id(op)]
         # In whole numbers: what stands for 0 in the inputs, and what each byte of them has too much.
         excess = rows.sum(1) * zero + table.excess * sum(1 << 8 * p for p in range(planes))
         name = self._table("inq_code", f"weights_{k}", table.numbers)
-        gaps = self._table("uint8_t", f"gaps_{k}", table.gaps)
-        weights = f"{{{name}, {gaps}, {', '.join(map(str, table.fields))}}}"
+        shifts = self._table("uint8_t", f"shifts_{k}", table.shifts)
+        weights = f"{{{name}, {shifts}, {', '.join(map(str, table.fields))}}}"
         scaling = self._scaling(k, op, op.scaling, excess)
         bytes_, scratch = self._bytes_at(op.sources[0]), self.scratch.get(k, 0) // 4
         if source.wide:
@@ -355,17 +371,23 @@ class _Program:
             "row_stride": op.stride[0] * width,
             "row_step": op.dilation[0] * width,
         }
+        self._compare("INQ_", numbers, "kernel", "stride", "dilation", "padding", "groups", "planes")
         at = self._describe("inq_convolution_t", k, [*fields, *numbers.items()])
         self.calls.append(
             f"    inq_convolution({at}, {bytes_}, {self._value_at(k)}, (inq_column *)(inq_memory + {scratch}));"
         )
 
-    def _weights(self, op: Product, rows: Tensor, largest: int | None) -> Table:
+    def _encode(self, op: Product) -> Table:
+        """Its weights as tables."""
+        source, rows = self.values[self.roots[op.sources[0]]], rows_of(op)
+        largest = None if op.weight.dim() == 2 else 255 if source.wide else source.high + source.zero
         if self.layout == "packed":
-            return pack(rows, self.bits[id(op)], largest)
-        table = list_inputs(rows, largest, 1 if largest is None else _COLUMN[self.layout])
-        _check(op.name, "lists of one output", table.fields[1], 255)
-        _check(op.name, "bytes of inputs that a list tells apart", max(table.numbers, default=0), 65535)
+            table = pack(rows, self.bits[id(op)], largest)
+        else:
+            table = list_inputs(rows, largest, 1 if largest is None else _COLUMN["lists"])
+            _check(op.name, "lists of one output", table.fields[-1], 255)
+            _check(op.name, "bytes of inputs that a list tells apart", max(table.numbers, default=0), 65535)
+        _check(op.name, "inputs of one output", rows.shape[1])
         return table
 
     def _sum(self, k: int, op: Scale | Sum) -> None:
@@ -403,6 +425,8 @@ class _Program:
             "row_stride": op.stride[0] * width,
             "row_step": dilation[0] * width,
         }
+        self._compare("INQ_WINDOW_", numbers, "kernel", "stride", "dilation", "padding")
+        self.alike.setdefault("INQ_WINDOW_SCALING", set()).add(scaling)
         fields = [("scaling", scaling), ("least", _int32(op.low)), *numbers.items()]
         at = self._describe("inq_window_t", k, fields)
         self.calls.append(f"    inq_window({at}, {self._value_at(op.sources[0])}, {self._value_at(k)});")
@@ -454,6 +478,14 @@ class _Program:
         }
         at = self._describe("inq_copy_t", k, list(fields.items()), f"_{source}" if len(op.sources) > 1 else "")
         self.calls.append(f"    inq_copy({at}, {self._value_at(op.sources[source])}, {self._value_at(k)});")
+
+    def _compare(self, prefix: str, numbers: Mapping[str, Any], *fields: str) -> None:
+        """Keep what the fields of a descriptor hold; of a pair, both numbers."""
+        for field in fields:
+            value = numbers[field]
+            pair = isinstance(value, (tuple, list))
+            macro = prefix + field.upper() + ("(axis)" if pair else "")
+            self.alike.setdefault(macro, set()).update(value if pair else [value])
 
     def _check_all(self, name: str, numbers: Mapping[str, Any]) -> None:
         """Refuse what 16 bits do not hold."""

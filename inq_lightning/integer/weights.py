@@ -14,7 +14,7 @@ from inq_lightning.integer.operations import Product
 
 _LANE = (1 << 15) - 1  # what 16 bits of a word hold, with a sign
 _BIAS = 1 << 15  # added to each lane when it is taken out, so that no borrow reaches the next
-_TAKE = 128  # in a gap: sums are taken out
+_TAKE = 128  # with a magnitude's exponent: sums are taken out
 _LIST = 255  # entries of one sign, at most, in a list
 
 
@@ -25,13 +25,13 @@ class Table:
     Attributes:
         numbers: What the kernel reads, output after output.
         fields: Further fields of its descriptor, in order.
-        gaps: Shifts to the left on the way from the largest magnitude down.
+        shifts: Shifts to the left on the way from the largest magnitude down; see the kernels.
         excess: What the kernel's sums have too much, whatever the inputs.
     """
 
     numbers: list[int]
     fields: tuple[int, ...]
-    gaps: list[int]
+    shifts: list[int]
     excess: int
 
 
@@ -77,8 +77,9 @@ def pack(rows: Tensor, bits: int, largest: int | None) -> Table:
     if largest is not None and counts.numel() and int(counts.max()) > _limit(largest):
         block = _limit(largest) // each * each
         counts = torch.full_like(counts, _limit(largest))
-    gaps, excess = _gaps(exponents, counts, largest)
-    return Table(numbers, (inputs, block, len(exponents), bits, each), gaps, excess * -(-inputs // block))
+    shifts, excess = _shifts(exponents, counts, largest)
+    fields = (inputs, block, len(exponents), bits, each)
+    return Table(numbers, fields, shifts, excess * -(-inputs // block))
 
 
 def list_inputs(rows: Tensor, largest: int | None, size: int) -> Table:
@@ -102,8 +103,8 @@ def list_inputs(rows: Tensor, largest: int | None, size: int) -> Table:
             numbers += [size * place for places in both for place in places]
     exponents = [exponent for exponent, _ in split]
     counts = [(_counts(rows, exponent) - part * limit).clamp(0, limit) for exponent, part in split]
-    gaps, excess = _gaps(exponents, torch.stack(counts) if counts else rows.new_zeros(0, 2, 1), largest)
-    return Table(numbers, (rows.shape[1], len(split)), gaps, excess)
+    shifts, excess = _shifts(exponents, torch.stack(counts) if counts else rows.new_zeros(0, 2, 1), largest)
+    return Table(numbers, (rows.shape[1], len(split)), shifts, excess)
 
 
 def _limit(largest: int) -> int:
@@ -116,8 +117,8 @@ def _counts(rows: Tensor, exponent: int) -> Tensor:
     return torch.stack([(rows == sign << exponent).sum(1) for sign in (1, -1)])
 
 
-def _gaps(exponents: Sequence[int], counts: Tensor, largest: int | None) -> tuple[list[int], int]:
-    """Shifts from each exponent to the next and at last to 0; where sums have to be taken out; the excess of that.
+def _shifts(exponents: Sequence[int], counts: Tensor, largest: int | None) -> tuple[list[int], int]:
+    """Shifts from each exponent to the next, or where sums are taken out, and the excess that this makes.
 
     Args:
         exponents: Falling.
@@ -125,17 +126,18 @@ def _gaps(exponents: Sequence[int], counts: Tensor, largest: int | None) -> tupl
         largest: See :func:`pack`.
     """
     gaps = [a - b for a, b in pairwise([*exponents, 0])]
-    if largest is None or not gaps:
+    if largest is None:
         return gaps, 0
-    excess, held = 0, counts[0]
+    excess, held = 0, counts.new_zeros(())
     for k, exponent in enumerate(exponents):
-        last = k + 1 == len(exponents)
-        following = held if last else (held << min(gaps[k], 16)) + counts[k + 1]
-        if last or int(following.max()) > _limit(largest):
-            gaps[k] |= _TAKE
+        held = held + counts[k]  # in units of this exponent
+        after = (held << min(gaps[k], 16)) + counts[k + 1] if k + 1 < len(exponents) else None
+        if after is None or int(after.max()) > _limit(largest):
+            gaps[k] = _TAKE | exponent
             excess += _BIAS << exponent
-            following = counts[min(k + 1, len(exponents) - 1)]
-        held = following
+            held = torch.zeros_like(held)
+        else:
+            held = held << gaps[k]
     return gaps, excess
 
 

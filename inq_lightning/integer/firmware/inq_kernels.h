@@ -23,9 +23,14 @@ static inline int32_t inq_signed(uint32_t number)
     return number >> 31 ? -1 - (int32_t)~number : (int32_t)number;
 }
 
+/* Whether there is a value that is wide and that something reads; inq_network.c says so. */
+#ifndef INQ_WIDE
+#define INQ_WIDE 1
+#endif
+
 static inline int32_t inq_get(const inq_value *value, uint32_t place)
 {
-    return value->wide ? ((const int32_t *)value->data)[place]
+    return INQ_WIDE && value->wide ? ((const int32_t *)value->data)[place]
                        : (int32_t)((const uint8_t *)value->data)[place] - value->zero;
 }
 
@@ -69,43 +74,28 @@ static inline void inq_next(const inq_scaling *scaling, inq_channel *channel)
     }
 }
 
-static inline uint32_t inq_round(const inq_scaling *scaling, uint8_t right, uint32_t total)
+static int32_t inq_finish(const inq_scaling *scaling, const inq_channel *channel, uint32_t sum)
 {
-    uint32_t size = total, most = (uint32_t)scaling->high;
-    uint8_t negative = (uint8_t)(total >> 31);
+    const uint8_t *term = channel->shifts, *end = term + scaling->terms;
+    uint32_t total = *channel->bias, most = (uint32_t)scaling->high;
+    uint8_t right = *term, negative;
+    while (term != end) {
+        uint8_t left = *++term;
+        if (left < 32)
+            total += sum << left;
+        else if (left < 64)
+            total -= sum << (left & 31);
+    }
+    negative = (uint8_t)(total >> 31);
     if (negative) { /* no negative number is shifted to the right: half to even is the same on both sides of 0 */
-        if (scaling->low == 0)
-            return 0;
-        size = 0 - total;
+        total = 0 - total;
         most = 0 - (uint32_t)scaling->low;
     }
     if (right)
-        size = (size + ((size >> right) & 1) + ((uint32_t)1 << (right - 1)) - 1) >> right;
-    if (size > most)
-        size = most;
-    return negative ? 0 - size : size;
-}
-
-/* Sums of one channel become results, 1 or 4 of them. */
-static inline void inq_finish(const inq_scaling *scaling, const inq_channel *channel, uint32_t *sums, uint8_t count)
-{
-    const uint8_t *term = channel->shifts + 1;
-    const uint8_t *end = term + scaling->terms;
-    uint32_t totals[4];
-    uint8_t i;
-    for (i = 0; i != count; ++i)
-        totals[i] = *channel->bias;
-    for (; term != end; ++term) {
-        uint8_t left = *term & 31;
-        if (*term < 32)
-            for (i = 0; i != count; ++i)
-                totals[i] += sums[i] << left;
-        else if (*term < 64)
-            for (i = 0; i != count; ++i)
-                totals[i] -= sums[i] << left;
-    }
-    for (i = 0; i != count; ++i)
-        sums[i] = inq_round(scaling, *channel->shifts, totals[i]);
+        total = (total + ((total >> right) & 1) + ((uint32_t)1 << (right - 1)) - 1) >> right;
+    if (total > most)
+        total = most;
+    return inq_signed(negative ? 0 - total : total);
 }
 
 /* ---- one or two values, number by number ------------------------------------------------------------------------- */
@@ -128,8 +118,7 @@ static inline void inq_sum(const inq_sum_t *op, const inq_value *a, const inq_va
             uint32_t sum = (uint32_t)inq_get(a, place) << op->lefts[0];
             if (b)
                 sum += (uint32_t)inq_get(b, place) << op->lefts[1];
-            inq_finish(&op->scaling, &channel, &sum, 1);
-            inq_put(y, place, inq_signed(sum));
+            inq_put(y, place, inq_finish(&op->scaling, &channel, sum));
         }
         inq_next(&op->scaling, &channel);
     }
@@ -150,28 +139,45 @@ typedef struct {
     uint32_t row_step;   /* dilation[0] · width */
 } inq_window_t;
 
+/* Where all windows are alike in something, inq_network.c says it as a number, and the compiler leaves out the rest. */
+#ifndef INQ_WINDOW_KERNEL
+#define INQ_WINDOW_KERNEL(axis) op->kernel[axis]
+#endif
+#ifndef INQ_WINDOW_STRIDE
+#define INQ_WINDOW_STRIDE(axis) op->stride[axis]
+#endif
+#ifndef INQ_WINDOW_DILATION
+#define INQ_WINDOW_DILATION(axis) op->dilation[axis]
+#endif
+#ifndef INQ_WINDOW_PADDING
+#define INQ_WINDOW_PADDING(axis) op->padding[axis]
+#endif
+#ifndef INQ_WINDOW_SCALING
+#define INQ_WINDOW_SCALING op->scaling
+#endif
+
 static inline void inq_window(const inq_window_t *op, const inq_value *x, const inq_value *y)
 {
     inq_channel channel = {0, 0};
     uint32_t to = 0, base = (uint32_t)op->first;
     uint16_t c, row, column, ky, kx;
-    if (op->scaling)
-        channel = inq_first(op->scaling);
+    if (INQ_WINDOW_SCALING)
+        channel = inq_first(INQ_WINDOW_SCALING);
     for (c = 0; c != op->channels; ++c, base += op->plane) {
         uint32_t start = base;
-        int32_t top = -(int32_t)op->padding[0];
-        for (row = 0; row != op->rows; ++row, start += op->row_stride, top += op->stride[0]) {
+        int32_t top = -(int32_t)INQ_WINDOW_PADDING(0);
+        for (row = 0; row != op->rows; ++row, start += op->row_stride, top += INQ_WINDOW_STRIDE(0)) {
             uint32_t corner = start;
-            int32_t left = -(int32_t)op->padding[1];
-            for (column = 0; column != op->columns; ++column, corner += op->stride[1], left += op->stride[1]) {
+            int32_t left = -(int32_t)INQ_WINDOW_PADDING(1);
+            for (column = 0; column != op->columns; ++column, corner += INQ_WINDOW_STRIDE(1), left += INQ_WINDOW_STRIDE(1)) {
                 int32_t largest = op->least, yy = top;
                 uint32_t sum = 0, line = corner;
-                for (ky = 0; ky != op->kernel[0]; ++ky, yy += op->dilation[0], line += op->row_step) {
+                for (ky = 0; ky != INQ_WINDOW_KERNEL(0); ++ky, yy += INQ_WINDOW_DILATION(0), line += op->row_step) {
                     int32_t xx = left;
                     uint32_t place = line;
                     if (yy < 0 || yy >= op->height)
                         continue;
-                    for (kx = 0; kx != op->kernel[1]; ++kx, xx += op->dilation[1], place += op->dilation[1]) {
+                    for (kx = 0; kx != INQ_WINDOW_KERNEL(1); ++kx, xx += INQ_WINDOW_DILATION(1), place += INQ_WINDOW_DILATION(1)) {
                         int32_t number;
                         if (xx < 0 || xx >= op->width)
                             continue;
@@ -181,15 +187,11 @@ static inline void inq_window(const inq_window_t *op, const inq_value *x, const 
                             largest = number;
                     }
                 }
-                if (op->scaling) {
-                    inq_finish(op->scaling, &channel, &sum, 1);
-                    largest = inq_signed(sum);
-                }
-                inq_put(y, to++, largest);
+                inq_put(y, to++, INQ_WINDOW_SCALING ? inq_finish(INQ_WINDOW_SCALING, &channel, sum) : largest);
             }
         }
-        if (op->scaling)
-            inq_next(op->scaling, &channel);
+        if (INQ_WINDOW_SCALING)
+            inq_next(INQ_WINDOW_SCALING, &channel);
     }
 }
 

@@ -7,28 +7,29 @@
 
 #include <stdint.h>
 
-#define INQ_TAKE 0x80 /* in a gap: the magnitude after which sums are taken out */
+#ifdef __GNUC__
+#define INQ_APART static __attribute__((noinline)) /* alone it has all registers */
+#else
+#define INQ_APART static
+#endif
+
+/* In the table of shifts, beside a magnitude's exponent: sums are taken out after it. Else there is the shift to the
+ * left on the way to the next magnitude, which the lanes have room for. */
+#define INQ_TAKE 0x80
 
 typedef struct {
     uint32_t even, odd;
 } inq_pair;
 
 /* Adds to four sums, each with 2^15 more, so that nothing is borrowed: the bias subtracts what that makes in the end. */
-static inline void inq_take(inq_pair lanes, uint32_t *sums)
+static inline void inq_take(inq_pair lanes, uint8_t left, uint32_t *sums)
 {
-    uint32_t even = lanes.even + (uint32_t)0x80008000, odd = lanes.odd + (uint32_t)0x80008000;
-    sums[0] += even & 0xffff;
-    sums[1] += odd & 0xffff;
-    sums[2] += even >> 16;
-    sums[3] += odd >> 16;
-}
-
-static inline void inq_shift(uint32_t *sums, uint8_t left)
-{
-    sums[0] <<= left;
-    sums[1] <<= left;
-    sums[2] <<= left;
-    sums[3] <<= left;
+    lanes.even += (uint32_t)0x80008000;
+    lanes.odd += (uint32_t)0x80008000;
+    sums[0] += (lanes.even & 0xffff) << left;
+    sums[1] += (lanes.odd & 0xffff) << left;
+    sums[2] += lanes.even >> 16 << left;
+    sums[3] += lanes.odd >> 16 << left;
 }
 
 #endif

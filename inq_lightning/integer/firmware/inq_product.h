@@ -33,8 +33,7 @@ static inline void inq_linear(const inq_linear_t *op, const uint8_t *x, const in
             sum += part << shift;
         }
         codes = next;
-        inq_finish(&op->scaling, &channel, &sum, 1);
-        inq_put(y, output, inq_signed(sum));
+        inq_put(y, output, inq_finish(&op->scaling, &channel, sum));
         inq_next(&op->scaling, &channel);
     }
 }
@@ -58,20 +57,41 @@ typedef struct {
     uint32_t row_step;   /* dilation[0] · width */
 } inq_convolution_t;
 
+/* Where all convolutions are alike in something, inq_network.c says it as a number, and the compiler leaves out the
+ * rest; a convolution's own else. */
+#ifndef INQ_KERNEL
+#define INQ_KERNEL(axis) op->kernel[axis]
+#endif
+#ifndef INQ_STRIDE
+#define INQ_STRIDE(axis) op->stride[axis]
+#endif
+#ifndef INQ_DILATION
+#define INQ_DILATION(axis) op->dilation[axis]
+#endif
+#ifndef INQ_PADDING
+#define INQ_PADDING(axis) op->padding[axis]
+#endif
+#ifndef INQ_GROUPS
+#define INQ_GROUPS op->groups
+#endif
+#ifndef INQ_PLANES
+#define INQ_PLANES op->planes
+#endif
+
 /* What the four pixels of a tile take: tap by tap, in each tap channel by channel, a byte a pixel. */
 static inline void inq_gather(const inq_convolution_t *op, const uint8_t *x, const uint8_t *zero, int32_t top,
                               int32_t left, int32_t line, inq_column *columns)
 {
     uint16_t ky, kx, c;
-    for (ky = 0; ky != op->kernel[0]; ++ky, top += op->dilation[0], line += (int32_t)op->row_step) {
+    for (ky = 0; ky != INQ_KERNEL(0); ++ky, top += INQ_DILATION(0), line += (int32_t)op->row_step) {
         int32_t xx = left;
-        for (kx = 0; kx != op->kernel[1]; ++kx, xx += op->dilation[1]) {
+        for (kx = 0; kx != INQ_KERNEL(1); ++kx, xx += INQ_DILATION(1)) {
             const uint8_t *from[4];
             uint32_t steps[4];
             uint8_t pixel;
             for (pixel = 0; pixel != 4; ++pixel) {
-                int32_t py = pixel & 2 ? top + op->stride[0] : top;
-                int32_t px = pixel & 1 ? xx + op->stride[1] : xx;
+                int32_t py = pixel & 2 ? top + INQ_STRIDE(0) : top;
+                int32_t px = pixel & 1 ? xx + INQ_STRIDE(1) : xx;
                 int inside = py >= 0 && py < op->height && px >= 0 && px < op->width;
                 from[pixel] = inside ? x + (pixel & 2 ? line + (int32_t)op->row_stride : line) + px : zero;
                 steps[pixel] = inside ? op->plane : 0;
@@ -95,19 +115,19 @@ static inline void inq_convolution(const inq_convolution_t *op, const uint8_t *x
     const inq_code *codes = op->weights.codes;
     uint32_t to = 0; /* place of the group's first result */
     uint16_t g, row, column, output;
-    for (g = 0; g != op->groups; ++g, x += op->group) {
+    for (g = 0; g != INQ_GROUPS; ++g, x += op->group) {
         const inq_code *next = codes;
         inq_channel channel = first;
-        int32_t top = -(int32_t)op->padding[0], line = op->first;
+        int32_t top = -(int32_t)INQ_PADDING(0), line = op->first;
         uint32_t start = 0, end = to;
         for (row = 0; row < op->rows; row += 2) {
-            int32_t left = -(int32_t)op->padding[1];
+            int32_t left = -(int32_t)INQ_PADDING(1);
             for (column = 0; column < op->columns; column += 2) {
                 const uint8_t *plane = x;
                 inq_column *words = columns;
                 uint32_t pixel = start + column, place = to + pixel;
                 uint8_t p;
-                for (p = 0; p != op->planes; ++p, plane += op->all, words += op->weights.inputs)
+                for (p = 0; p != INQ_PLANES; ++p, plane += op->all, words += op->weights.inputs)
                     inq_gather(op, plane, op->zeros + p, top, left, line, words);
                 next = codes;
                 channel = first;
@@ -117,7 +137,7 @@ static inline void inq_convolution(const inq_convolution_t *op, const uint8_t *x
                     uint8_t shift = 0;
                     words = columns;
                     next = inq_dot4(&op->weights, here, words, sums);
-                    for (p = 1; p != op->planes; ++p) {
+                    for (p = 1; p != INQ_PLANES; ++p) {
                         words += op->weights.inputs;
                         shift += 8;
                         inq_dot4(&op->weights, here, words, more);
@@ -126,25 +146,22 @@ static inline void inq_convolution(const inq_convolution_t *op, const uint8_t *x
                         sums[2] += more[2] << shift;
                         sums[3] += more[3] << shift;
                     }
-                    inq_finish(&op->scaling, &channel, sums, 4);
-                    inq_put(y, place, inq_signed(sums[0]));
-                    if (column + 1 != op->columns)
-                        inq_put(y, place + 1, inq_signed(sums[1]));
-                    if (row + 1 != op->rows) {
-                        inq_put(y, place + op->columns, inq_signed(sums[2]));
-                        if (column + 1 != op->columns)
-                            inq_put(y, place + op->columns + 1, inq_signed(sums[3]));
+                    for (p = 0; p != 4; ++p) {
+                        uint16_t down = p >> 1, right = p & 1;
+                        if (row + down < op->rows && column + right < op->columns)
+                            inq_put(y, place + (down ? op->columns : 0) + right,
+                                    inq_finish(&op->scaling, &channel, sums[p]));
                     }
                     inq_next(&op->scaling, &channel);
                 }
                 end = place - pixel;
-                left += op->stride[1];
-                left += op->stride[1];
+                left += INQ_STRIDE(1);
+                left += INQ_STRIDE(1);
             }
             start += op->columns;
             start += op->columns;
-            top += op->stride[0];
-            top += op->stride[0];
+            top += INQ_STRIDE(0);
+            top += INQ_STRIDE(0);
             line += (int32_t)op->row_stride;
             line += (int32_t)op->row_stride;
         }

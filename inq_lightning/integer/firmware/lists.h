@@ -13,17 +13,17 @@ typedef uint16_t inq_code;
 
 typedef struct {
     const inq_code *codes;
-    const uint8_t *gaps; /* shift to the left after each list */
-    uint16_t inputs;     /* of one output */
-    uint8_t lists;       /* of one output; a magnitude may have several */
+    const uint8_t *shifts; /* after each list */
+    uint16_t inputs;       /* of one output */
+    uint8_t lists;         /* of one output; a magnitude may have several */
 } inq_weights_t;
 
-static inline const inq_code *inq_dot1(const inq_weights_t *weights, const inq_code *list, const uint8_t *inputs,
+INQ_APART const inq_code *inq_dot1(const inq_weights_t *weights, const inq_code *list, const uint8_t *inputs,
                                        uint32_t *sum)
 {
-    const uint8_t *gap = weights->gaps, *end = gap + weights->lists;
+    const uint8_t *shift = weights->shifts, *end = shift + weights->lists;
     uint32_t total = 0;
-    for (; gap != end; ++gap) {
+    for (; shift != end; ++shift) {
         uint32_t head = *list++, count = head & 0xff;
         for (; count >= 4; count -= 4, list += 4)
             total += (uint32_t)inputs[list[0]] + inputs[list[1]] + inputs[list[2]] + inputs[list[3]];
@@ -33,7 +33,7 @@ static inline const inq_code *inq_dot1(const inq_weights_t *weights, const inq_c
             total -= (uint32_t)inputs[list[0]] + inputs[list[1]] + inputs[list[2]] + inputs[list[3]];
         for (; count; --count)
             total -= inputs[*list++];
-        total <<= *gap & 31;
+        total <<= *shift;
     }
     *sum = total;
     return list;
@@ -62,14 +62,13 @@ static inline void inq_subtract(inq_pair *lanes, const inq_column *columns, inq_
     lanes->odd -= column->odd;
 }
 
-static inline const inq_code *inq_dot4(const inq_weights_t *weights, const inq_code *list, const inq_column *columns,
+INQ_APART const inq_code *inq_dot4(const inq_weights_t *weights, const inq_code *list, const inq_column *columns,
                                        uint32_t *sums)
 {
-    const uint8_t *gap = weights->gaps, *end = gap + weights->lists;
+    const uint8_t *shift = weights->shifts, *end = shift + weights->lists;
     inq_pair lanes = {0, 0};
-    uint8_t pending = 0;
     sums[0] = sums[1] = sums[2] = sums[3] = 0;
-    for (; gap != end; ++gap) {
+    for (; shift != end; ++shift) {
         uint32_t head = *list++, count = head & 0xff;
         for (; count >= 4; count -= 4, list += 4) {
             inq_add(&lanes, columns, list[0]);
@@ -87,18 +86,14 @@ static inline const inq_code *inq_dot4(const inq_weights_t *weights, const inq_c
         }
         for (; count; --count)
             inq_subtract(&lanes, columns, *list++);
-        if (*gap & INQ_TAKE) {
-            inq_shift(sums, pending);
-            inq_take(lanes, sums);
+        if (*shift & INQ_TAKE) {
+            inq_take(lanes, *shift & 31, sums);
             lanes.even = lanes.odd = 0;
-            pending = *gap & 31;
         } else {
-            lanes.even <<= *gap;
-            lanes.odd <<= *gap;
-            pending = (uint8_t)(pending + *gap);
+            lanes.even <<= *shift;
+            lanes.odd <<= *shift;
         }
     }
-    inq_shift(sums, pending);
     return list;
 }
 

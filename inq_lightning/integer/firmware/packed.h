@@ -12,9 +12,9 @@ typedef uint32_t inq_code;
 
 typedef struct {
     const inq_code *codes;
-    const uint8_t *gaps; /* shift to the left after each magnitude, from the largest down */
-    uint16_t inputs;     /* of one output */
-    uint16_t block;      /* so many at a time, a multiple of those in a word */
+    const uint8_t *shifts; /* after each magnitude, from the largest down */
+    uint16_t inputs;       /* of one output */
+    uint16_t block;        /* so many are added up at a time, a multiple of those in a word */
     uint8_t magnitudes;
     uint8_t bits, each; /* of a code; codes in a word */
 } inq_weights_t;
@@ -22,7 +22,7 @@ typedef struct {
 /* inq_network.c says INQ_BITS and INQ_EACH: numbers where all layers have codes of one length; and INQ_CODES, how many
  * codes the longest ones tell apart. */
 
-static inline const inq_code *inq_dot1(const inq_weights_t *weights, const inq_code *codes, const uint8_t *inputs,
+INQ_APART const inq_code *inq_dot1(const inq_weights_t *weights, const inq_code *codes, const uint8_t *inputs,
                                        uint32_t *sum)
 {
     uint32_t bins[INQ_CODES], total = 0;
@@ -43,7 +43,7 @@ static inline const inq_code *inq_dot1(const inq_weights_t *weights, const inq_c
             bins[word & mask] += *inputs++;
     }
     for (i = 0; i != weights->magnitudes; ++i, bin += 2)
-        total = (total + bin[0] - bin[1]) << (weights->gaps[i] & 31);
+        total = (total + bin[0] - bin[1]) << (weights->shifts[i]);
     *sum = total;
     return codes;
 }
@@ -69,8 +69,8 @@ static inline inq_pair inq_lanes_of(inq_pair sum)
     return sum;
 }
 
-static inline const inq_code *inq_dot4(const inq_weights_t *weights, const inq_code *codes, const inq_column *columns,
-                                       uint32_t *sums)
+INQ_APART const inq_code *inq_dot4(const inq_weights_t *weights, const inq_code *codes, const inq_column *columns,
+                                   uint32_t *sums)
 {
     inq_pair bins[INQ_CODES];
     const uint32_t mask = ((uint32_t)1 << INQ_BITS) - 1;
@@ -78,10 +78,9 @@ static inline const inq_code *inq_dot4(const inq_weights_t *weights, const inq_c
     sums[0] = sums[1] = sums[2] = sums[3] = 0;
     while (left) {
         uint16_t block = left < weights->block ? left : weights->block;
-        uint32_t part[4] = {0, 0, 0, 0};
         inq_pair lanes = {0, 0};
         const inq_pair *bin = bins;
-        uint8_t i, pending = 0;
+        uint8_t i;
         left = (uint16_t)(left - block);
         for (i = 0; i <= mask; ++i)
             bins[i].even = bins[i].odd = 0;
@@ -96,25 +95,17 @@ static inline const inq_code *inq_dot4(const inq_weights_t *weights, const inq_c
                 inq_add(bins + (word & mask), *columns++);
         }
         for (i = 0; i != weights->magnitudes; ++i, bin += 2) {
-            uint8_t gap = weights->gaps[i];
+            uint8_t shift = weights->shifts[i];
             lanes.even += bin[0].even - bin[1].even;
             lanes.odd += bin[0].odd - bin[1].odd;
-            if (gap & INQ_TAKE) {
-                inq_shift(part, pending);
-                inq_take(inq_lanes_of(lanes), part);
+            if (shift & INQ_TAKE) {
+                inq_take(inq_lanes_of(lanes), shift & 31, sums);
                 lanes.even = lanes.odd = 0;
-                pending = gap & 31;
             } else {
-                lanes.even <<= gap;
-                lanes.odd <<= gap;
-                pending = (uint8_t)(pending + gap);
+                lanes.even <<= shift;
+                lanes.odd <<= shift;
             }
         }
-        inq_shift(part, pending);
-        sums[0] += part[0];
-        sums[1] += part[1];
-        sums[2] += part[2];
-        sums[3] += part[3];
     }
     return codes;
 }
