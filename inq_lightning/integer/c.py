@@ -150,19 +150,32 @@ class _Program:
         self.roots = [0]  # a reshaped value lies where it lay
         for k, operation in enumerate(network.operations, 1):
             self.roots.append(self.roots[operation.sources[0]] if isinstance(operation, Reshape) else k)
+        self.pooled = {k: pool for k in range(1, len(self.roots)) if (pool := self._pool(k))}
+        for k, pool in self.pooled.items():
+            self.roots = [k if root == pool else root for root in self.roots]
         self.last = self.roots[-1]
         if self.last == 0:
             raise ValueError("the network computes nothing: its result is its input")
         self.values = [_value("the input", network.input_low, network.input_high, network.shape)]
         self.values += [
-            _value(op.name, op.low, op.high, op.shape, wide=k == self.last)
+            _value(op.name, op.low, op.high, self._shape(self.pooled.get(k, k)), wide=k == self.last)
             for k, op in enumerate(network.operations, 1)
         ]
         self.encoded = {id(op): self._encode(op) for op in products(network)}
         self.starts, self.scratch, self.buffer_bytes = self._memory()
         for k, operation in enumerate(network.operations, 1):
-            if not isinstance(operation, Reshape):
+            if self.roots[k] == k:
                 self._emit(k, operation)
+
+    def _pool(self, k: int) -> int | None:
+        """The maximum over the tiles of a convolution that nothing else reads, which it takes itself."""
+        operations = self.network.operations
+        users = [j for j, op in enumerate(operations, 1) if k in op.sources]
+        product, pool = operations[k - 1], operations[users[0] - 1] if len(users) == 1 else None
+        if not isinstance(product, Product) or product.weight.dim() == 2 or not isinstance(pool, Max):
+            return None
+        tiles = pool.kernel == pool.stride == (2, 2) and pool.padding == (0, 0) and pool.dilation == (1, 1)
+        return users[0] if tiles else None
 
     def _code_lengths(self) -> dict[int, int]:
         """Code length of each product, by identity; where grids have one, the kernel unrolls by it."""
@@ -235,6 +248,7 @@ class _Program:
             defines["INQ_BITS"] = max(lengths) if one else "weights->bits"
             defines["INQ_EACH"] = 32 // max(lengths) if one else "weights->each"
             defines["INQ_CODES"] = 1 << max(lengths)
+            defines["INQ_BLOCKS"] = max(-(-table.fields[0] // table.fields[1]) for table in self.encoded.values())
         for macro, found in self.alike.items():
             if len(found) == 1:
                 defines[macro] = found.pop()
@@ -242,8 +256,8 @@ class _Program:
 
     def _read(self) -> Iterator[int]:
         """Places of values that operations read."""
-        for op in self.network.operations:
-            if not isinstance(op, Reshape):
+        for k, op in enumerate(self.network.operations, 1):
+            if self.roots[op.sources[0]] != self.roots[k]:
                 yield from op.sources
 
     def _declared(self) -> list[str]:
@@ -345,6 +359,8 @@ class _Program:
             self.calls.append(f"    inq_linear({at}, {bytes_}, {self._value_at(k)});")
             return
         channels, height, width = shape
+        pooled = int(k in self.pooled)
+        rows_, columns = (n & -2 if pooled else n for n in op.shape[1:])  # an odd one is left over by the pool
         left, _, top, _ = op.padding
         numbers: dict[str, Any] = {
             "groups": op.groups,
@@ -352,8 +368,8 @@ class _Program:
             "channels": channels // op.groups,
             "height": height,
             "width": width,
-            "rows": op.shape[1],
-            "columns": op.shape[2],
+            "rows": rows_,
+            "columns": columns,
             "kernel": op.weight.shape[2:],
             "stride": op.stride,
             "dilation": op.dilation,
@@ -361,17 +377,19 @@ class _Program:
         }
         self._check_all(op.name, numbers)
         numbers |= {
+            "pooled": pooled,
             "planes": planes,
             "zeros": [zero >> 8 * p & 255 for p in range(planes)],
             "plane": height * width,
             "group": channels // op.groups * height * width,
             "all": channels * height * width,
-            "result": op.shape[1] * op.shape[2],
-            "first": -top * width,
+            "result": rows_ * columns >> 2 * pooled,
+            "tiles": columns // 2 if pooled else 2 * columns,
+            "first": f"{-top * width % _WORD}u",
             "row_stride": op.stride[0] * width,
             "row_step": op.dilation[0] * width,
         }
-        self._compare("INQ_", numbers, "kernel", "stride", "dilation", "padding", "groups", "planes")
+        self._compare("INQ_", numbers, "kernel", "stride", "dilation", "padding", "groups", "pooled", "planes")
         at = self._describe("inq_convolution_t", k, [*fields, *numbers.items()])
         self.calls.append(
             f"    inq_convolution({at}, {bytes_}, {self._value_at(k)}, (inq_column *)(inq_memory + {scratch}));"
@@ -421,7 +439,7 @@ class _Program:
         self._check_all(op.name, numbers)
         numbers |= {
             "plane": height * width,
-            "first": -op.padding[0] * width - op.padding[1],
+            "first": f"{(-op.padding[0] * width - op.padding[1]) % _WORD}u",
             "row_stride": op.stride[0] * width,
             "row_step": dilation[0] * width,
         }

@@ -78,15 +78,15 @@ static int32_t inq_finish(const inq_scaling *scaling, const inq_channel *channel
 {
     const uint8_t *term = channel->shifts, *end = term + scaling->terms;
     uint32_t total = *channel->bias, most = (uint32_t)scaling->high;
-    uint8_t right = *term, negative;
+    uint_fast8_t right = *term, negative;
     while (term != end) {
-        uint8_t left = *++term;
+        uint_fast8_t left = *++term;
         if (left < 32)
             total += sum << left;
         else if (left < 64)
             total -= sum << (left & 31);
     }
-    negative = (uint8_t)(total >> 31);
+    negative = total >> 31 != 0;
     if (negative) { /* no negative number is shifted to the right: half to even is the same on both sides of 0 */
         total = 0 - total;
         most = 0 - (uint32_t)scaling->low;
@@ -112,7 +112,7 @@ static inline void inq_sum(const inq_sum_t *op, const inq_value *a, const inq_va
 {
     inq_channel channel = inq_first(&op->scaling);
     uint32_t place = 0, end = 0;
-    uint16_t c;
+    uint_fast16_t c;
     for (c = 0; c != op->channels; ++c) {
         for (end += op->size; place != end; ++place) {
             uint32_t sum = (uint32_t)inq_get(a, place) << op->lefts[0];
@@ -134,7 +134,7 @@ typedef struct {
     uint16_t kernel[2], stride[2], dilation[2];
     uint16_t padding[2];
     uint32_t plane;      /* height · width */
-    int32_t first;       /* place of the first window's first number: -padding[0] · width - padding[1] */
+    uint32_t first;      /* place of the first window's first number: -padding[0] · width - padding[1] */
     uint32_t row_stride; /* stride[0] · width */
     uint32_t row_step;   /* dilation[0] · width */
 } inq_window_t;
@@ -159,35 +159,33 @@ typedef struct {
 static inline void inq_window(const inq_window_t *op, const inq_value *x, const inq_value *y)
 {
     inq_channel channel = {0, 0};
-    uint32_t to = 0, base = (uint32_t)op->first;
-    uint16_t c, row, column, ky, kx;
+    uint32_t to = 0, base = op->first;
+    uint_fast16_t c, row, column, ky, kx;
     if (INQ_WINDOW_SCALING)
         channel = inq_first(INQ_WINDOW_SCALING);
     for (c = 0; c != op->channels; ++c, base += op->plane) {
-        uint32_t start = base;
-        int32_t top = -(int32_t)INQ_WINDOW_PADDING(0);
+        uint32_t start = base, top = 0 - (uint32_t)INQ_WINDOW_PADDING(0);
         for (row = 0; row != op->rows; ++row, start += op->row_stride, top += INQ_WINDOW_STRIDE(0)) {
-            uint32_t corner = start;
-            int32_t left = -(int32_t)INQ_WINDOW_PADDING(1);
-            for (column = 0; column != op->columns; ++column, corner += INQ_WINDOW_STRIDE(1), left += INQ_WINDOW_STRIDE(1)) {
-                int32_t largest = op->least, yy = top;
-                uint32_t sum = 0, line = corner;
-                for (ky = 0; ky != INQ_WINDOW_KERNEL(0); ++ky, yy += INQ_WINDOW_DILATION(0), line += op->row_step) {
-                    int32_t xx = left;
-                    uint32_t place = line;
-                    if (yy < 0 || yy >= op->height)
-                        continue;
-                    for (kx = 0; kx != INQ_WINDOW_KERNEL(1); ++kx, xx += INQ_WINDOW_DILATION(1), place += INQ_WINDOW_DILATION(1)) {
-                        int32_t number;
-                        if (xx < 0 || xx >= op->width)
-                            continue;
-                        number = inq_get(x, place);
-                        sum += (uint32_t)number;
-                        if (number > largest)
-                            largest = number;
+            uint32_t corner = start, left = 0 - (uint32_t)INQ_WINDOW_PADDING(1);
+            for (column = 0; column != op->columns; ++column) {
+                int32_t largest = op->least;
+                uint32_t sum = 0, line = corner, down = top;
+                for (ky = 0; ky != INQ_WINDOW_KERNEL(0); ++ky, down += INQ_WINDOW_DILATION(0), line += op->row_step) {
+                    uint32_t place = line, right = left;
+                    for (kx = 0; kx != INQ_WINDOW_KERNEL(1); ++kx) {
+                        if (down < op->height && right < op->width) {
+                            int32_t number = inq_get(x, place);
+                            sum += (uint32_t)number;
+                            if (number > largest)
+                                largest = number;
+                        }
+                        right += INQ_WINDOW_DILATION(1);
+                        place += INQ_WINDOW_DILATION(1);
                     }
                 }
                 inq_put(y, to++, INQ_WINDOW_SCALING ? inq_finish(INQ_WINDOW_SCALING, &channel, sum) : largest);
+                corner += INQ_WINDOW_STRIDE(1);
+                left += INQ_WINDOW_STRIDE(1);
             }
         }
         if (INQ_WINDOW_SCALING)
@@ -207,7 +205,7 @@ typedef struct {
 static inline void inq_copy(const inq_copy_t *op, const inq_value *x, const inq_value *y)
 {
     uint32_t from0 = op->from, to0 = op->to;
-    uint16_t i, j, k, l;
+    uint_fast16_t i, j, k, l;
     for (i = 0; i != op->counts[0]; ++i, from0 += op->from_steps[0], to0 += op->to_steps[0]) {
         uint32_t from1 = from0, to1 = to0;
         for (j = 0; j != op->counts[1]; ++j, from1 += op->from_steps[1], to1 += op->to_steps[1]) {

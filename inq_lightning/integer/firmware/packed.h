@@ -20,7 +20,7 @@ typedef struct {
 } inq_weights_t;
 
 /* inq_network.c says INQ_BITS and INQ_EACH: numbers where all layers have codes of one length; and INQ_CODES, how many
- * codes the longest ones tell apart. */
+ * codes the longest ones tell apart; INQ_BLOCKS, 1 where all are added up at once. */
 
 INQ_APART const inq_code *inq_dot1(const inq_weights_t *weights, const inq_code *codes, const uint8_t *inputs,
                                        uint32_t *sum)
@@ -28,11 +28,11 @@ INQ_APART const inq_code *inq_dot1(const inq_weights_t *weights, const inq_code 
     uint32_t bins[INQ_CODES], total = 0;
     const uint32_t mask = ((uint32_t)1 << INQ_BITS) - 1;
     const uint32_t *bin = bins;
-    uint16_t left = weights->inputs;
-    uint8_t i;
+    uint_fast16_t left = weights->inputs;
+    uint_fast8_t i;
     for (i = 0; i <= mask; ++i)
         bins[i] = 0;
-    for (; left >= INQ_EACH; left = (uint16_t)(left - INQ_EACH)) {
+    for (; left >= INQ_EACH; left -= INQ_EACH) {
         uint32_t word = *codes++;
         for (i = 0; i != INQ_EACH; ++i, word >>= INQ_BITS)
             bins[word & mask] += *inputs++;
@@ -74,17 +74,17 @@ INQ_APART const inq_code *inq_dot4(const inq_weights_t *weights, const inq_code 
 {
     inq_pair bins[INQ_CODES];
     const uint32_t mask = ((uint32_t)1 << INQ_BITS) - 1;
-    uint16_t left = weights->inputs;
+    uint_fast16_t left = weights->inputs;
     sums[0] = sums[1] = sums[2] = sums[3] = 0;
     while (left) {
-        uint16_t block = left < weights->block ? left : weights->block;
+        uint_fast16_t block = INQ_BLOCKS == 1 || left < weights->block ? left : weights->block;
         inq_pair lanes = {0, 0};
         const inq_pair *bin = bins;
-        uint8_t i;
-        left = (uint16_t)(left - block);
+        uint_fast8_t i;
+        left -= block;
         for (i = 0; i <= mask; ++i)
             bins[i].even = bins[i].odd = 0;
-        for (; block >= INQ_EACH; block = (uint16_t)(block - INQ_EACH)) {
+        for (; block >= INQ_EACH; block -= INQ_EACH) {
             uint32_t word = *codes++;
             for (i = 0; i != INQ_EACH; ++i, word >>= INQ_BITS)
                 inq_add(bins + (word & mask), *columns++);
@@ -95,7 +95,7 @@ INQ_APART const inq_code *inq_dot4(const inq_weights_t *weights, const inq_code 
                 inq_add(bins + (word & mask), *columns++);
         }
         for (i = 0; i != weights->magnitudes; ++i, bin += 2) {
-            uint8_t shift = weights->shifts[i];
+            uint_fast8_t shift = weights->shifts[i];
             lanes.even += bin[0].even - bin[1].even;
             lanes.odd += bin[0].odd - bin[1].odd;
             if (shift & INQ_TAKE) {
