@@ -347,12 +347,13 @@ class _Program:
         shifts = self._table("uint8_t", f"shifts_{k}", table.shifts)
         weights = f"{{{name}, {shifts}, {', '.join(map(str, table.fields))}}}"
         scaling = self._scaling(k, op, op.scaling, excess)
-        bytes_, scratch = self._bytes_at(op.sources[0]), self.scratch.get(k, 0) // 4
+        scratch = self.scratch.get(k, 0) // 4
         if source.wide:
-            to = f"(uint8_t *)(inq_memory + {scratch + self._columns(op, planes) // 4})"
-            bytes_ = to
             value = self._value_at(op.sources[0])
-            self.calls.append(f"    inq_split({value}, {source.size}u, {zero}u, {planes}, {to});")
+            bytes_ = f"(uint8_t *)(inq_memory + {scratch + self._columns(op, planes) // 4})"
+            self.calls.append(f"    inq_split({value}, {source.size}u, {zero}u, {planes}, {bytes_});")
+        else:
+            bytes_ = self._bytes_at(op.sources[0])
         fields: list[tuple[str, object]] = [("weights", weights), ("scaling", scaling)]
         if not convolution:
             at = self._describe("inq_linear_t", k, [*fields, ("outputs", len(rows)), ("planes", planes)])
@@ -444,7 +445,7 @@ class _Program:
             "row_step": dilation[0] * width,
         }
         self._compare("INQ_WINDOW_", numbers, "kernel", "stride", "dilation", "padding")
-        self.alike.setdefault("INQ_WINDOW_SCALING", set()).add(scaling)
+        self.alike.setdefault("INQ_WINDOW_SCALING", set()).update({scaling, "0"})  # for all only where there is none
         fields = [("scaling", scaling), ("least", _int32(op.low)), *numbers.items()]
         at = self._describe("inq_window_t", k, fields)
         self.calls.append(f"    inq_window({at}, {self._value_at(op.sources[0])}, {self._value_at(k)});")
