@@ -18,6 +18,8 @@ typedef struct {
     uint16_t inputs;       /* of one output */
 } inq_weights_t;
 
+typedef inq_code inq_row_code;
+typedef inq_weights_t inq_rows_t;
 typedef uint32_t inq_column;
 
 static inline inq_column inq_column_of(uint32_t a, uint32_t b, uint32_t c, uint32_t d)

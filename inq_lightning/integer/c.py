@@ -39,6 +39,8 @@ _VECTORS = 4  # made up where there are no images
 _DIMENSIONS = 4  # of what is moved
 _WORD = 1 << 32
 _COLUMN = {"packed": 4, "lists": 8}  # bytes
+_CODE = {"packed": 4, "lists": 2}
+_NARROW = 256  # inputs that one byte tells apart
 
 
 @dataclass(frozen=True)
@@ -81,18 +83,31 @@ def export_c(
         generator = torch.Generator().manual_seed(0)
         shape = (_VECTORS, *network.shape)
         images = torch.randint(network.input_low, network.input_high + 1, shape, generator=generator)
+    program = Program(network, layout)
+    write(program, target, images, _KERNELS / f"{layout}.h")
+    return CExport(target, program.table_bytes, program.buffer_bytes)
+
+
+def write(program: Program, target: Path, images: Tensor, weights: Path) -> None:
+    """Write a program, its test vectors, and the kernels.
+
+    Args:
+        program: What is generated.
+        target: The folder.
+        images: See :func:`export_c`.
+        weights: The kernel that reads the weights.
+    """
+    network = program.network
     steps = network.round_input(images) if images.is_floating_point() else images
-    program = _Program(network, layout)
     files = {
         "inq_network.h": _header(network, program),
         "inq_network.c": program.source(),
         "inq_vectors.h": _vectors(steps + program.values[0].zero, network.run(steps).flatten(1)),
-        "inq_weights.h": (_KERNELS / f"{layout}.h").read_text(),
+        "inq_weights.h": weights.read_text(),
     } | {name: (_KERNELS / name).read_text() for name in _FIXED}
     with _whole_folder(target) as partial:
         for name, text in files.items():
             (partial / name).write_text(text)
-    return CExport(target, program.table_bytes, program.buffer_bytes)
 
 
 @contextmanager
@@ -137,15 +152,24 @@ class _Value:
         return self.size * (4 if self.wide else 1)
 
 
-class _Program:
-    """The generated source, and what it takes."""
+class Program:
+    """The generated source, and what it takes.
+
+    Attributes:
+        code_bytes: Of one number of a convolution's weights.
+        row_code_bytes: Of one number of a linear layer's weights.
+        table_bytes: See :class:`CExport`.
+        buffer_bytes: Likewise.
+    """
 
     def __init__(self, network: IntegerNetwork, layout: Layout) -> None:
-        self.network, self.layout = network, layout
+        self.network, self.layout, self.code_bytes = network, layout, _CODE[layout]
         self.tables: list[str] = []
         self.calls: list[str] = []
         self.alike: dict[str, set[object]] = {}  # what fields of descriptors hold, by the macro that reads them
         self.table_bytes = 0
+        rows = [op.weight.shape[1] for op in products(network) if op.weight.dim() == 2]
+        self.row_code_bytes = 1 if layout == "lists" and max(rows, default=0) <= _NARROW else self.code_bytes
         self.bits = self._code_lengths()
         self.roots = [0]  # a reshaped value lies where it lay
         for k, operation in enumerate(network.operations, 1):
@@ -161,7 +185,7 @@ class _Program:
             _value(op.name, op.low, op.high, self._shape(self.pooled.get(k, k)), wide=k == self.last)
             for k, op in enumerate(network.operations, 1)
         ]
-        self.encoded = {id(op): self._encode(op) for op in products(network)}
+        self.encoded = {id(op): self.encode(op) for op in products(network)}
         self.starts, self.scratch, self.buffer_bytes = self._memory()
         for k, operation in enumerate(network.operations, 1):
             if self.roots[k] == k:
@@ -248,11 +272,13 @@ class _Program:
             defines["INQ_BITS"] = max(lengths) if one else "weights->bits"
             defines["INQ_EACH"] = 32 // max(lengths) if one else "weights->each"
             defines["INQ_CODES"] = 1 << max(lengths)
-            defines["INQ_BLOCKS"] = max(-(-table.fields[0] // table.fields[1]) for table in self.encoded.values())
+            defines["INQ_BLOCKS"] = max(table.blocks for table in self.encoded.values())
+        if self.row_code_bytes == 1:
+            defines["INQ_NARROW"] = ""
         for macro, found in self.alike.items():
             if len(found) == 1:
                 defines[macro] = found.pop()
-        return [f"#define {name} {value}" for name, value in defines.items()]
+        return [f"#define {name} {value}".rstrip() for name, value in defines.items()]
 
     def _read(self) -> Iterator[int]:
         """Places of values that operations read."""
@@ -282,7 +308,7 @@ class _Program:
     def _table(self, kind: str, name: str, numbers: Iterable[int]) -> str:
         """Define an array; returns its name."""
         numbers = list(numbers) or [0]
-        width = {"uint8_t": 1, "uint16_t": 2, "inq_code": 2 if self.layout == "lists" else 4}.get(kind, 4)
+        width = {"uint8_t": 1, "uint32_t": 4, "inq_code": self.code_bytes, "inq_row_code": self.row_code_bytes}[kind]
         self.table_bytes += width * len(numbers)
         texts = [f"0x{n:08x}" if width == 4 else str(n) for n in numbers]
         per = 10 if width == 4 else 24
@@ -343,7 +369,7 @@ class _Program:
         table = self.encoded[id(op)]
         # In whole numbers: what stands for 0 in the inputs, and what each byte of them has too much.
         excess = rows.sum(1) * zero + table.excess * sum(1 << 8 * p for p in range(planes))
-        name = self._table("inq_code", f"weights_{k}", table.numbers)
+        name = self._table("inq_code" if convolution else "inq_row_code", f"weights_{k}", table.numbers)
         shifts = self._table("uint8_t", f"shifts_{k}", table.shifts)
         weights = f"{{{name}, {shifts}, {', '.join(map(str, table.fields))}}}"
         scaling = self._scaling(k, op, op.scaling, excess)
@@ -396,8 +422,8 @@ class _Program:
             f"    inq_convolution({at}, {bytes_}, {self._value_at(k)}, (inq_column *)(inq_memory + {scratch}));"
         )
 
-    def _encode(self, op: Product) -> Table:
-        """Its weights as tables."""
+    def encode(self, op: Product) -> Table:
+        """A product's weights as tables."""
         source, rows = self.values[self.roots[op.sources[0]]], rows_of(op)
         largest = None if op.weight.dim() == 2 else 255 if source.wide else source.high + source.zero
         if self.layout == "packed":
@@ -546,7 +572,7 @@ def _initializer(value: object) -> str:
     return "{" + ", ".join(map(str, value)) + "}" if isinstance(value, (tuple, list)) else str(value)
 
 
-def _header(network: IntegerNetwork, program: _Program) -> str:
+def _header(network: IntegerNetwork, program: Program) -> str:
     entry, low, high = network.input_exponent, network.input_low, network.input_high
     zero, outputs = program.values[0].zero, program.values[program.last].size
     shape, last = (" x ".join(map(str, s)) for s in (network.shape, network.operations[-1].shape))

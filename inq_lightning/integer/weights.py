@@ -27,12 +27,14 @@ class Table:
         fields: Further fields of its descriptor, in order.
         shifts: Shifts to the left on the way from the largest magnitude down; see the kernels.
         excess: What the kernel's sums have too much, whatever the inputs.
+        blocks: In how many parts the kernel adds up the inputs of one output.
     """
 
     numbers: list[int]
     fields: tuple[int, ...]
     shifts: list[int]
     excess: int
+    blocks: int = 1
 
 
 def rows_of(product: Product) -> Tensor:
@@ -79,7 +81,8 @@ def pack(rows: Tensor, bits: int, largest: int | None) -> Table:
         counts = torch.full_like(counts, _limit(largest))
     shifts, excess = _shifts(exponents, counts, largest)
     fields = (inputs, block, len(exponents), bits, each)
-    return Table(numbers, fields, shifts, excess * -(-inputs // block))
+    blocks = -(-inputs // block)
+    return Table(numbers, fields, shifts, excess * blocks, blocks)
 
 
 def list_inputs(rows: Tensor, largest: int | None, size: int) -> Table:
@@ -99,7 +102,7 @@ def list_inputs(rows: Tensor, largest: int | None, size: int) -> Table:
         for exponent, part in split:
             both = [(row == sign << exponent).nonzero()[:, 0].tolist() for sign in (1, -1)]
             both = [places[part * limit : (part + 1) * limit] for places in both]
-            numbers.append(len(both[0]) | len(both[1]) << 8)
+            numbers += [len(both[0]), len(both[1])]
             numbers += [size * place for places in both for place in places]
     exponents = [exponent for exponent, _ in split]
     counts = [(_counts(rows, exponent) - part * limit).clamp(0, limit) for exponent, part in split]

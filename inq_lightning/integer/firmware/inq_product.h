@@ -11,7 +11,7 @@
 #include "inq_weights.h"
 
 typedef struct {
-    inq_weights_t weights;
+    inq_rows_t weights;
     inq_scaling scaling;
     uint16_t outputs;
     uint8_t planes;   /* bytes of one number of x; the values of all first bytes come first */
@@ -20,10 +20,10 @@ typedef struct {
 static inline void inq_linear(const inq_linear_t *op, const uint8_t *x, const inq_value *y)
 {
     inq_channel channel = inq_first(&op->scaling);
-    const inq_code *codes = op->weights.codes;
+    const inq_row_code *codes = op->weights.codes;
     uint_fast16_t output;
     for (output = 0; output != op->outputs; ++output) {
-        const inq_code *next = codes;
+        const inq_row_code *next = codes;
         const uint8_t *plane = x;
         uint32_t sum = 0;
         uint_fast8_t p, shift = 0;

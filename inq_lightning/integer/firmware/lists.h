@@ -1,8 +1,8 @@
 /* Weights as lists: for each output and magnitude the inputs that are added and those that are subtracted. The fastest
  * layout.
  *
- * A list begins with how many there are of either kind, 8 bits each, and goes on with their places in bytes. From the
- * largest magnitude down, sums are shifted to the left on the way to the next one. */
+ * A list begins with how many there are of either kind, and goes on with their places in bytes. From the largest
+ * magnitude down, sums are shifted to the left on the way to the next one. */
 
 #ifndef INQ_WEIGHTS_H
 #define INQ_WEIGHTS_H
@@ -18,20 +18,34 @@ typedef struct {
     uint8_t lists;         /* of one output; a magnitude may have several */
 } inq_weights_t;
 
-INQ_APART const inq_code *inq_dot1(const inq_weights_t *weights, const inq_code *list, const uint8_t *inputs,
+/* Those of linear layers: places are bytes where no layer has more than 256 inputs; inq_network.c says so. */
+#ifdef INQ_NARROW
+typedef uint8_t inq_row_code;
+#else
+typedef uint16_t inq_row_code;
+#endif
+
+typedef struct {
+    const inq_row_code *codes;
+    const uint8_t *shifts;
+    uint16_t inputs;
+    uint8_t lists;
+} inq_rows_t;
+
+INQ_APART const inq_row_code *inq_dot1(const inq_rows_t *weights, const inq_row_code *list, const uint8_t *inputs,
                                        uint32_t *sum)
 {
     const uint8_t *shift = weights->shifts, *end = shift + weights->lists;
     uint32_t total = 0;
     for (; shift != end; ++shift) {
-        uint32_t head = *list++, count = head & 0xff;
-        for (; count >= 4; count -= 4, list += 4)
-            total += (uint32_t)inputs[list[0]] + inputs[list[1]] + inputs[list[2]] + inputs[list[3]];
-        for (; count; --count)
+        const inq_row_code *middle = list + 2 + list[0], *last = middle + list[1];
+        for (list += 2; middle - list > 1; list += 2)
+            total += (uint32_t)inputs[list[0]] + inputs[list[1]];
+        if (list != middle)
             total += inputs[*list++];
-        for (count = head >> 8; count >= 4; count -= 4, list += 4)
-            total -= (uint32_t)inputs[list[0]] + inputs[list[1]] + inputs[list[2]] + inputs[list[3]];
-        for (; count; --count)
+        for (; last - list > 1; list += 2)
+            total -= (uint32_t)inputs[list[0]] + inputs[list[1]];
+        if (list != last)
             total -= inputs[*list++];
         total <<= *shift;
     }
@@ -69,7 +83,7 @@ INQ_APART const inq_code *inq_dot4(const inq_weights_t *weights, const inq_code 
     inq_pair lanes = {0, 0};
     sums[0] = sums[1] = sums[2] = sums[3] = 0;
     for (; shift != end; ++shift) {
-        uint32_t head = *list++, count = head & 0xff;
+        uint32_t count = *list++, more = *list++;
         for (; count >= 4; count -= 4, list += 4) {
             inq_add(&lanes, columns, list[0]);
             inq_add(&lanes, columns, list[1]);
@@ -78,7 +92,7 @@ INQ_APART const inq_code *inq_dot4(const inq_weights_t *weights, const inq_code 
         }
         for (; count; --count)
             inq_add(&lanes, columns, *list++);
-        for (count = head >> 8; count >= 4; count -= 4, list += 4) {
+        for (count = more; count >= 4; count -= 4, list += 4) {
             inq_subtract(&lanes, columns, list[0]);
             inq_subtract(&lanes, columns, list[1]);
             inq_subtract(&lanes, columns, list[2]);

@@ -22,6 +22,10 @@ typedef struct {
 /* inq_network.c says INQ_BITS and INQ_EACH: numbers where all layers have codes of one length; and INQ_CODES, how many
  * codes the longest ones tell apart; INQ_BLOCKS, 1 where all are added up at once. */
 
+/* Those of linear layers: the same. */
+typedef inq_code inq_row_code;
+typedef inq_weights_t inq_rows_t;
+
 INQ_APART const inq_code *inq_dot1(const inq_weights_t *weights, const inq_code *codes, const uint8_t *inputs,
                                        uint32_t *sum)
 {
