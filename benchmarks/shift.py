@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def networks() -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
-    """Each in floating point, inputs to calibrate it by, and inputs to predict."""
+    """Each in floating point, inputs to calibrate it by, and inputs to predict; the last two are not trained."""
     torch.manual_seed(0)
     data = DigitsDataModule(seed=0)
     data.setup()
@@ -89,10 +89,22 @@ def networks() -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
     hidden = [layer for i, o in pairwise(sizes) for layer in (nn.Linear(i, o), nn.ReLU())]
     photos = torch.randn(64, 3, 32, 32)
     return {
-        "SmallCNN, 8×8": (SmallCNN(), digits, test[:4]),
+        "SmallCNN, 8×8": (trained(SmallCNN(), data), digits, test[:4]),
         "256-64-64-64-10": (nn.Sequential(*hidden, nn.Linear(64, 10)), larger, larger[:4]),
         "ResNet-20, 32×32": (ResNetCIFAR(20), photos, photos[:1]),
     }
+
+
+def trained(model: nn.Module, data: DigitsDataModule) -> nn.Module:
+    """A few epochs, so that scalings are what they are in a network of use."""
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    images, labels = (torch.cat(part) for part in zip(*data.train_dataloader(), strict=True))
+    for _ in range(12):
+        for part in torch.randperm(len(images)).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images[part]), labels[part]).backward()
+            optimizer.step()
+    return model
 
 
 def measure(model: nn.Module, calibration: Tensor, images: Tensor, bits: int) -> Iterator[Row]:

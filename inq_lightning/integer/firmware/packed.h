@@ -22,6 +22,12 @@ typedef struct {
 /* inq_network.c says INQ_BITS and INQ_EACH: numbers where all layers have codes of one length; and INQ_CODES, how many
  * codes the longest ones tell apart; INQ_BLOCKS, 1 where all are added up at once. */
 
+#ifdef __OPTIMIZE_SIZE__ /* no loop of its own for whole words, which compilers unroll */
+#define INQ_SMALL 1
+#else
+#define INQ_SMALL 0
+#endif
+
 /* Those of linear layers: the same. */
 typedef inq_code inq_row_code;
 typedef inq_weights_t inq_rows_t;
@@ -36,14 +42,14 @@ INQ_APART const inq_code *inq_dot1(const inq_weights_t *weights, const inq_code 
     uint_fast8_t i;
     for (i = 0; i <= mask; ++i)
         bins[i] = 0;
-    for (; left >= INQ_EACH; left -= INQ_EACH) {
+    for (; !INQ_SMALL && left >= INQ_EACH; left -= INQ_EACH) {
         uint32_t word = *codes++;
         for (i = 0; i != INQ_EACH; ++i, word >>= INQ_BITS)
             bins[word & mask] += *inputs++;
     }
-    if (left) {
+    while (left) {
         uint32_t word = *codes++;
-        for (; left; --left, word >>= INQ_BITS)
+        for (i = INQ_EACH; i && left; --i, --left, word >>= INQ_BITS)
             bins[word & mask] += *inputs++;
     }
     for (i = 0; i != weights->magnitudes; ++i, bin += 2)
@@ -88,14 +94,14 @@ INQ_APART const inq_code *inq_dot4(const inq_weights_t *weights, const inq_code 
         left -= block;
         for (i = 0; i <= mask; ++i)
             bins[i].even = bins[i].odd = 0;
-        for (; block >= INQ_EACH; block -= INQ_EACH) {
+        for (; !INQ_SMALL && block >= INQ_EACH; block -= INQ_EACH) {
             uint32_t word = *codes++;
             for (i = 0; i != INQ_EACH; ++i, word >>= INQ_BITS)
                 inq_add(bins + (word & mask), *columns++);
         }
-        if (block) {
+        while (block) {
             uint32_t word = *codes++;
-            for (; block; --block, word >>= INQ_BITS)
+            for (i = INQ_EACH; i && block; --i, --block, word >>= INQ_BITS)
                 inq_add(bins + (word & mask), *columns++);
         }
         for (i = 0; i != weights->magnitudes; ++i, bin += 2) {
