@@ -338,6 +338,7 @@ class Program:
         biases = self._table("uint32_t", f"bias_{k}", (b % _WORD for b in bias))
         rights = self._table("uint8_t", f"terms_{k}", shifts)
         shared = int(len(factors) == 1)
+        self._compare("INQ_", {"terms": scaling.terms, "shared": shared}, "terms", "shared")
         return f"{{{biases}, {rights}, {scaling.terms}, {shared}, {_int32(scaling.low)}, {_int32(scaling.high)}}}"
 
     # ---- operation by operation --------------------------------------------------------------------------------------
@@ -381,6 +382,7 @@ class Program:
         else:
             bytes_ = self._bytes_at(op.sources[0])
         fields: list[tuple[str, object]] = [("weights", weights), ("scaling", scaling)]
+        self._compare("INQ_", {"planes": planes}, "planes")
         if not convolution:
             at = self._describe("inq_linear_t", k, [*fields, ("outputs", len(rows)), ("planes", planes)])
             self.calls.append(f"    inq_linear({at}, {bytes_}, {self._value_at(k)});")
@@ -416,7 +418,7 @@ class Program:
             "row_stride": op.stride[0] * width,
             "row_step": op.dilation[0] * width,
         }
-        self._compare("INQ_", numbers, "kernel", "stride", "dilation", "padding", "groups", "pooled", "planes")
+        self._compare("INQ_", numbers, "kernel", "stride", "dilation", "padding", "groups", "pooled")
         at = self._describe("inq_convolution_t", k, [*fields, *numbers.items()])
         self.calls.append(
             f"    inq_convolution({at}, {bytes_}, {self._value_at(k)}, (inq_column *)(inq_memory + {scratch}));"

@@ -10,6 +10,11 @@
 #include "inq_kernels.h"
 #include "inq_weights.h"
 
+/* Bytes of one number of x; where it is the same for all layers, inq_network.c says it. */
+#ifndef INQ_PLANES
+#define INQ_PLANES op->planes
+#endif
+
 typedef struct {
     inq_rows_t weights;
     inq_scaling scaling;
@@ -27,7 +32,7 @@ static inline void inq_linear(const inq_linear_t *op, const uint8_t *x, const in
         const uint8_t *plane = x;
         uint32_t sum = 0;
         uint_fast8_t p, shift = 0;
-        for (p = 0; p != op->planes; ++p, shift += 8, plane += op->weights.inputs) {
+        for (p = 0; p != INQ_PLANES; ++p, shift += 8, plane += op->weights.inputs) {
             uint32_t part;
             next = inq_dot1(&op->weights, codes, plane, &part);
             sum += part << shift;
@@ -79,10 +84,6 @@ typedef struct {
 #ifndef INQ_POOLED
 #define INQ_POOLED op->pooled
 #endif
-#ifndef INQ_PLANES
-#define INQ_PLANES op->planes
-#endif
-
 /* What the four pixels of a tile take: tap by tap, in each tap channel by channel. Rows and columns before the first
  * are large numbers here, modulo 2^32.
  *
