@@ -338,7 +338,6 @@ class Program:
         biases = self._table("uint32_t", f"bias_{k}", (b % _WORD for b in bias))
         rights = self._table("uint8_t", f"terms_{k}", shifts)
         shared = int(len(factors) == 1)
-        self._compare("INQ_", {"terms": scaling.terms, "shared": shared}, "terms", "shared")
         return f"{{{biases}, {rights}, {scaling.terms}, {shared}, {_int32(scaling.low)}, {_int32(scaling.high)}}}"
 
     # ---- operation by operation --------------------------------------------------------------------------------------

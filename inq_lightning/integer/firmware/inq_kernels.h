@@ -54,14 +54,6 @@ typedef struct {
     int32_t high;   /* at least 0 */
 } inq_scaling;
 
-/* Where all scalings are alike in something, inq_network.c says it as a number, and the compiler leaves out the rest. */
-#ifndef INQ_TERMS
-#define INQ_TERMS scaling->terms
-#endif
-#ifndef INQ_SHARED
-#define INQ_SHARED scaling->shared
-#endif
-
 /* Where one is, channel by channel. */
 typedef struct {
     const uint32_t *bias;
@@ -76,15 +68,15 @@ static inline inq_channel inq_first(const inq_scaling *scaling)
 
 static inline void inq_next(const inq_scaling *scaling, inq_channel *channel)
 {
-    if (!INQ_SHARED) {
+    if (!scaling->shared) {
         channel->bias += 1;
-        channel->shifts += INQ_TERMS + 1;
+        channel->shifts += scaling->terms + 1;
     }
 }
 
 static int32_t inq_finish(const inq_scaling *scaling, const inq_channel *channel, uint32_t sum)
 {
-    const uint8_t *term = channel->shifts, *end = term + INQ_TERMS;
+    const uint8_t *term = channel->shifts, *end = term + scaling->terms;
     uint32_t total = *channel->bias, most = (uint32_t)scaling->high;
     uint_fast8_t right = *term, negative;
     while (term != end) {
