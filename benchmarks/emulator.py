@@ -24,6 +24,8 @@ class Machine:
 
 
 RV32I = Machine("rv32i", "ilp32", "rv32,m=false")
+RV32E = Machine("rv32e", "ilp32e", "rv32,m=false")  # half the registers, which the assembler sees to
+RV32EC = Machine("rv32ec", "ilp32e", "rv32,m=false")
 RV32IM = Machine("rv32im", "ilp32", "rv32")
 
 

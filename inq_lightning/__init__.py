@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from inq_lightning.frontends.lightning.progress import INQProgressBar
     from inq_lightning.frontends.loop import INQ
     from inq_lightning.grid import Levels, PowerOfTwoGrid, fit_grid
+    from inq_lightning.integer.c import export_c
     from inq_lightning.integer.lower import lower
     from inq_lightning.integer.network import IntegerNetwork
     from inq_lightning.report.inspection import inspect_file
@@ -55,6 +56,7 @@ __all__ = [  # what no extra is needed for: "from inq_lightning import *" import
     "Quantizer",
     "Schedule",
     "calibrate_activations",
+    "export_c",
     "export_onnx",
     "find_grids",
     "fit_grid",
@@ -98,6 +100,7 @@ _HOMES = {
     "frontends.lightning.progress": ["INQProgressBar"],
     "frontends.loop": ["INQ"],
     "grid": ["Levels", "PowerOfTwoGrid", "fit_grid"],
+    "integer.c": ["export_c"],
     "integer.lower": ["lower"],
     "integer.network": ["IntegerNetwork"],
     "report.inspection": ["inspect_file"],

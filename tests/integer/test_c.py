@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks import emulator, shift
-from benchmarks.emulator import RV32I, RV32IM
+from benchmarks.emulator import RV32E, RV32EC, RV32I, RV32IM
 from inq_lightning import lower, quantize
 from inq_lightning.core.activations import calibrate_activations, quantize_activations
 from inq_lightning.integer.c import export_c, write
@@ -284,6 +284,46 @@ def test_a_processor_without_a_multiplier_predicts_all_test_images(
         assert list(multiplications(program)) == []
         if level != "-O2":
             assert emulator.emulate(program).returncode == 0, level
+
+
+@riscv
+@pytest.mark.parametrize("machine", [RV32E, RV32EC], ids=lambda machine: machine.march)
+def test_half_the_registers_are_enough(
+    machine: emulator.Machine, digits: tuple[IntegerNetwork, Tensor], tmp_path: Path
+) -> None:
+    network, images = digits
+    for layout in LAYOUTS:
+        export_c(network, tmp_path / layout, layout, images[:30])
+        program = emulator.build(tmp_path / layout, machine, "-Os")
+        assert list(multiplications(program)) == []
+        assert emulator.emulate(program, machine).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (shutil.which("arm-none-eabi-gcc") and shutil.which("qemu-system-arm")),
+    reason="needs apt-get install gcc-arm-none-eabi qemu-system-arm",
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("level", ["-Os", "-O3"])
+def test_a_cortex_m0_predicts_all_test_images(
+    layout: Any, level: str, digits: tuple[IntegerNetwork, Tensor], tmp_path: Path
+) -> None:
+    network, images = digits
+    folder = export_c(network, tmp_path / "net", layout, images).folder
+    sources = [str(folder / "inq_network.c"), str(emulator.SOURCES / "cortex.c")]
+    flags = [
+        "-mcpu=cortex-m0.small-multiply",
+        "-mthumb",
+        level,
+        "-Wl,--section-start=.vectors=0,-Ttext=0x100,-Tdata=0x20000000",
+        f"-I{folder}",
+    ]
+    emulator.run(["arm-none-eabi-gcc", *emulator.FLAGS, *flags, *sources, "-o", str(folder / "m0.elf")])
+    listing = emulator.run(["arm-none-eabi-objdump", "-d", str(folder / "m0.elf")])
+    assert not re.search(r"\t(mul|[su]div)|__aeabi", listing)
+    command = ["qemu-system-arm", "-M", "microbit", "-nographic", "-semihosting", "-kernel", str(folder / "m0.elf")]
+    assert subprocess.run(command, timeout=300, stdin=subprocess.DEVNULL).returncode == 0
 
 
 @riscv
