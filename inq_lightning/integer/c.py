@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -73,12 +73,12 @@ def export_c(
         images: Inputs for the test vectors, as for :meth:`IntegerNetwork.run`; left out, a few at random.
 
     Raises:
-        ValueError: ``layout`` is none of the two, or the network is larger than the tables can say; the message names
-            the layer.
+        ValueError: ``layout`` is none of the two, there are no images or some of another shape or beyond the steps of
+            an input, or the network is larger than the tables can say; the message names the layer.
         FileExistsError: ``folder`` is there and holds something else.
     """
     one_of("layout", layout, Layout)
-    target = Path(folder)
+    target = Path(folder).absolute()
     if images is None:
         generator = torch.Generator().manual_seed(0)
         shape = (_VECTORS, *network.shape)
@@ -99,6 +99,12 @@ def write(program: Program, target: Path, images: Tensor, weights: Path) -> None
     """
     network = program.network
     steps = network.round_input(images) if images.is_floating_point() else images
+    low, high = network.input_low, network.input_high
+    if tuple(steps.shape[1:]) != network.shape or not len(steps) or int(steps.min()) < low or int(steps.max()) > high:
+        raise ValueError(
+            f"images must be at least one input of shape {network.shape}, in steps from {low} to {high} where they are "
+            f"whole numbers, got {tuple(images.shape)}"
+        )
     files = {
         "inq_network.h": _header(network, program),
         "inq_network.c": program.source(),
@@ -115,18 +121,14 @@ def _whole_folder(target: Path) -> Iterator[Path]:
     """A folder beside ``target`` to write to, which takes its name once it is complete."""
     if target.exists() and not (target / "inq_network.h").exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is there and is not what export_c wrote; give another folder, or remove it")
-    partial, old = (target.with_name(target.name + end) for end in (".partial", ".old"))
-    for left in (partial, old):
-        shutil.rmtree(left, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        partial = Path(scratch) / "new"
+        partial.mkdir()
         yield partial
         if target.exists():
-            target.rename(old)
+            target.rename(Path(scratch) / "old")
         partial.rename(target)
-    finally:
-        for left in (partial, old):
-            shutil.rmtree(left, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -237,7 +237,10 @@ def test_sizes_beyond_the_tables_are_refused_by_name(tmp_path: Path) -> None:
         export_c(network_of((2,) * 5, 0, 9, five), tmp_path / "five")
     with pytest.raises(ValueError, match="layout must be one of packed, lists, got 'fast'"):
         export_c(deep, tmp_path / "deep", "fast")  # type: ignore[arg-type]
-    assert not any(path.name.endswith((".partial", ".old")) for path in tmp_path.iterdir())
+    for images in (torch.zeros(0, 4), torch.zeros(1, 5), torch.tensor([[0, 0, 0, 256]])):
+        with pytest.raises(ValueError, match="images must be|inputs must be"):
+            export_c(network_of((4,), 0, 255, product(0, powers(1, 4), (1,))), tmp_path / "images", images=images)
+    assert [path.name for path in tmp_path.iterdir()] == ["deep"]  # nothing is left of what was refused
 
 
 def test_an_export_replaces_an_earlier_one_and_nothing_else(tmp_path: Path) -> None:
