@@ -238,7 +238,7 @@ def test_sizes_beyond_the_tables_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="layout must be one of packed, lists, got 'fast'"):
         export_c(deep, tmp_path / "deep", "fast")  # type: ignore[arg-type]
     for images in (torch.zeros(0, 4), torch.zeros(1, 5), torch.tensor([[0, 0, 0, 256]])):
-        with pytest.raises(ValueError, match="images must be|inputs must be"):
+        with pytest.raises(ValueError, match=r"images must be|inputs must be"):
             export_c(network_of((4,), 0, 255, product(0, powers(1, 4), (1,))), tmp_path / "images", images=images)
     assert [path.name for path in tmp_path.iterdir()] == ["deep"]  # nothing is left of what was refused
 
