@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     from inq_lightning.frontends.lightning.progress import INQProgressBar
     from inq_lightning.frontends.loop import INQ
     from inq_lightning.grid import Levels, PowerOfTwoGrid, fit_grid
+    from inq_lightning.integer.c import export_c
     from inq_lightning.integer.load import load_integer
     from inq_lightning.integer.lower import lower
     from inq_lightning.integer.network import IntegerNetwork
+    from inq_lightning.integer.onnx import export_integer_onnx
     from inq_lightning.report.inspection import inspect_file
     from inq_lightning.runtime.modules import to_packed
     from inq_lightning.runtime.torchao import to_torchao
@@ -56,6 +58,8 @@ __all__ = [  # what no extra is needed for: "from inq_lightning import *" import
     "Quantizer",
     "Schedule",
     "calibrate_activations",
+    "export_c",
+    "export_integer_onnx",
     "export_onnx",
     "find_grids",
     "fit_grid",
@@ -100,9 +104,11 @@ _HOMES = {
     "frontends.lightning.progress": ["INQProgressBar"],
     "frontends.loop": ["INQ"],
     "grid": ["Levels", "PowerOfTwoGrid", "fit_grid"],
+    "integer.c": ["export_c"],
+    "integer.load": ["load_integer"],
     "integer.lower": ["lower"],
     "integer.network": ["IntegerNetwork"],
-    "integer.load": ["load_integer"],
+    "integer.onnx": ["export_integer_onnx"],
     "report.inspection": ["inspect_file"],
     "runtime.modules": ["to_packed"],
     "runtime.torchao": ["to_torchao"],

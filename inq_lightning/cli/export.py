@@ -45,7 +45,12 @@ _EXAMPLES = (
     "inq-export quantized.ckpt net.safetensors",
     "inq-export quantized.ckpt net.onnx",
     "inq-export quantized.ckpt net.safetensors --format mxfp4 --exclude net.fc",
+    "inq-export quantized.safetensors firmware --format c --layout lists",
 )
+
+
+WHOLE = ("c", "integer-onnx")  # of an artifact that holds a network in whole numbers
+_OPTIONS = ("entropy_coded", "float_dtype", "model", "input_shape", "input_dtype", "fixed_batch", "activations")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -57,7 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        print("\n".join(_export(_format(options.out, options.format), options)))
+        if options.format in WHOLE:
+            print(_export_whole(options))
+        else:
+            print("\n".join(_export(_format(options.out, options.format), options)))
     except (ValueError, OSError, ImportError) as error:
         parser.exit(2, f"inq-export: {error}\n")
 
@@ -65,9 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     written = [target for target in FORMATS.values() if target.write]
     parser = command_parser("inq-export", _DESCRIPTION, _EXAMPLES, ("formats", written), "docs/how-to/export.md")
-    parser.add_argument("checkpoint", type=Path, help="a Lightning checkpoint, or a file with a state_dict")
-    parser.add_argument("out", type=Path, help="the file to write")
-    parser.add_argument("--format", choices=[x.name for x in written], help="default: what the file's name ends in")
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        help="a Lightning checkpoint, or a file with a state_dict; for whole numbers, an artifact that holds them",
+    )
+    parser.add_argument("out", type=Path, help="the file to write; for c, the folder")
+    names = [*(x.name for x in written), *WHOLE]
+    parser.add_argument("--format", choices=names, help="default: what the file's name ends in")
     parser.add_argument("--allow-partial", action="store_true", help="keep weights that are on no grid as they are")
     parser.add_argument(
         "--exclude",
@@ -95,7 +108,29 @@ def _parser() -> argparse.ArgumentParser:
         choices=["float", "int8"],
         help="for onnx: int8 rounds the inputs of linear layers to 8 bits, which is faster; default: float",
     )
+    whole = parser.add_argument_group("whole numbers (c: a folder of C without a multiplier; integer-onnx: .onnx)")
+    whole.add_argument("--layout", choices=["packed", "lists"], help="for c: the smallest, or the fastest")
     return parser
+
+
+def _export_whole(options: argparse.Namespace) -> str:
+    """Write the network in whole numbers that an artifact holds; returns what there is to tell."""
+    from inq_lightning.integer.c import export_c
+    from inq_lightning.integer.load import load_integer
+    from inq_lightning.integer.onnx import export_integer_onnx
+
+    meant = [name for name in _OPTIONS if getattr(options, name)] + ["exclude"] * bool(options.exclude)
+    meant += ["layout"] * bool(options.layout and options.format != "c")
+    if meant:
+        raise ValueError(f"--{meant[0].replace('_', '-')} has no meaning for --format {options.format}")
+    network = load_integer(options.checkpoint)
+    if options.format == "c":
+        written = export_c(network, options.out, options.layout or "packed")
+        return f"{options.out}: tables of {written.table_bytes:,} bytes, a buffer of {written.buffer_bytes:,} bytes"
+    if options.out.suffix != ".onnx":
+        raise ValueError(f"{options.out}: the name of a file of --format integer-onnx must end in .onnx")
+    export_integer_onnx(network, options.out)
+    return f"{options.out}: {options.out.stat().st_size:,} bytes"
 
 
 def _format(out: Path, name: str | None) -> Format:
@@ -157,7 +192,7 @@ def _check_options(target: Format, options: argparse.Namespace) -> None:
     """Refuse options that the format would ignore."""
     taken = set(target.options) | ({"input_shape", "input_dtype"} if "inputs" in target.options else set())
     taken |= set() if target.of_tensors else {"model"}
-    for name in ("entropy_coded", "float_dtype", "model", "input_shape", "input_dtype", "fixed_batch", "activations"):
+    for name in (*_OPTIONS, "layout"):
         if getattr(options, name) and name not in taken:
             raise ValueError(f"--{name.replace('_', '-')} has no meaning for --format {target.name}")
 

@@ -238,16 +238,25 @@ def _origin(node: fx.Node, flow: Flow) -> fx.Node:
 
 def _place(node: fx.Node, flow: Flow, network: nn.Module) -> Place | None:
     step, signed = flow.steps[node], not _is_positive(node, flow)
+
+    def holds(name: str) -> bool:  # a container would call one child more
+        return not isinstance(network.get_submodule(name), (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+
     if step.kind == "activation":  # in place already: its name says where
         holder, _, attribute = str(node.target).rpartition(".")
         return Place(holder, signed, attribute == INPUT)
     if step.kind == "input":
         taken = _taken_as(node, flow)
-        takers = [name for name in flow.entered.get(taken, []) if flow.calls[name] == 1]
-        return Place(takers[-1] if takers and len(_takers(taken, flow)) == 1 else "", signed, before=True)
+        entered = [name for name in flow.entered.get(taken, []) if flow.calls[name] == 1 and holds(name)]
+        takers = [flow.owner[user] + "." for user in _takers(taken, flow)]
+        whole = [name for name in entered if all(owner.startswith(f"{name}.") for owner in takers)]
+        if len(takers) == 1 and entered:
+            return Place(entered[-1], signed, before=True)
+        if whole or holds(""):
+            return Place(whole[-1] if whole else "", signed, before=True)
+        return None
     for name in flow.returned.get(node, []):
-        # A container would call one child more.
-        if flow.calls[name] == 1 and not isinstance(network.get_submodule(name), (nn.Sequential, nn.ModuleList)):
+        if flow.calls[name] == 1 and holds(name):
             return Place(name, signed)
     users = _takers(node, flow)
     passes = len(users) == 1 and isinstance(flow.steps[users[0]].module, (nn.Identity, nn.Dropout, nn.Dropout2d))
@@ -279,6 +288,8 @@ def _is_positive(node: fx.Node, flow: Flow) -> bool:
 
 
 def _remedy(node: fx.Node, flow: Flow, prefix: str) -> str:
+    if flow.steps[node].kind == "input":
+        return "the input goes to several layers of an nn.Sequential; put these into one module, whose input it then is"
     if node.op == "call_module":
         calls = flow.calls[str(node.target)]
         return (

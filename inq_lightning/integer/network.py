@@ -41,6 +41,11 @@ class IntegerNetwork:
     changed: int = field(default=0, compare=False)
 
     @property
+    def products(self) -> tuple[Product, ...]:
+        """Its convolutions and linear layers."""
+        return tuple(op for op in self.operations if isinstance(op, Product))
+
+    @property
     def exponent(self) -> int:
         """A logit of q stands for q · 2^exponent."""
         return self.operations[-1].exponent
@@ -99,7 +104,7 @@ class IntegerNetwork:
         """Size of weights, factors and biases, as small as they can be packed."""
         scalings = [op.scaling for op in self.operations if isinstance(op, Scaled)]
         numbers = sum(2 * s.signs.numel() + s.rights.numel() + 4 * s.bias.numel() for s in scalings)
-        return numbers + sum(bytes_at(op.weight.numel(), op.bits) for op in self.operations if isinstance(op, Product))
+        return numbers + sum(bytes_at(op.weight.numel(), op.bits) for op in self.products)
 
     @property
     def summary(self) -> dict[str, int]:

@@ -160,10 +160,10 @@ class _Writer:
                 f"{operation.name} has weights up to {int(weight.abs().max())} times the smallest, which int8 does not "
                 'hold; quantize it to 4 bits, levels="full", or fewer'
             )
-        if operation.sums + int(sums.abs().max()) >= EXACT[torch.float32]:
+        if (most := operation.sums + int(sums.abs().max())) >= EXACT[torch.float32]:
             raise ValueError(
-                f"{operation.name} has sums up to {operation.sums + int(sums.abs().max())}, which float32 does not hold "
-                "exactly; give it fewer bits of weights or activations"
+                f"{operation.name} has sums up to {most}, which float32 does not hold exactly; give it fewer bits of "
+                "weights or activations"
             )
         zero = 128 if operation.low < 0 else 0
         scales = factors.double() * torch.exp2(-rights.double())
@@ -263,8 +263,8 @@ class _Writer:
     def _concat(self, operation: Concat) -> Any:
         if any(operation.lefts) or len({self.zeros[source] for source in operation.sources}) > 1:
             raise ValueError(
-                f"{operation.name} joins values of different steps or signs; give both the same scale, by an activation "
-                "behind it"
+                f"{operation.name} joins values of different steps or signs; give both the same scale, by an "
+                "activation behind it"
             )
         return self._node("Concat", *(self.values[source] for source in operation.sources), axis=operation.axis)
 

@@ -161,7 +161,7 @@ class Shared(nn.Module):
         ),
         (
             nn.Sequential(Bottleneck(False), nn.Flatten(), nn.Linear(2, 2)),
-            {"inq_input": True, "0.relu": False, "0.conv2": True, "0": True},
+            {"0.inq_input": True, "0.relu": False, "0.conv2": True, "0": True},
         ),
         (
             nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.BatchNorm1d(4), nn.Linear(4, 2)),
@@ -287,3 +287,12 @@ def test_onnx_and_packed_modules_keep_them_bit_for_bit(tmp_path: Path) -> None:
     (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     steps = 2.0 ** net.features[10].inq_activation.exponent
     assert abs(torch.from_numpy(logits) - expected).max() <= 4 * steps  # a sum may fall on the other side of a half
+
+
+def test_a_container_gets_no_child_that_it_would_call() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(Bottleneck(False), nn.Flatten(), nn.Linear(2, 2)).eval()
+    x = torch.randn(8, 2, 1, 1)
+    quantize_activations(net)
+    assert torch.equal(net(x), net[2](net[1](net[0](x))))
+    assert list(net._modules) == ["0", "1", "2"]

@@ -53,7 +53,9 @@ def test_the_wheel_holds_the_package_its_configs_its_type_marker_and_the_hydra_p
     with zipfile.ZipFile(built[origin]) as archive:
         names = archive.namelist()
     expected = {re.sub("^conf/", "inq_lightning/conf/", name) for name in files("*.py", "*.yaml", "py.typed")}
+    expected |= files("integer/firmware/*")  # the kernels that export_c copies
     assert {
+        "inq_lightning/integer/firmware/inq_kernels.h",
         "inq_lightning/conf/train.yaml",
         "inq_lightning/py.typed",
         "hydra_plugins/inq_lightning/__init__.py",
