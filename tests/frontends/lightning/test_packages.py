@@ -273,5 +273,5 @@ def test_the_configuration_that_the_command_line_saves_runs_again(tmp_path: Path
     short = ["--trainer.max_epochs=1", "--trainer.logger=false"]
     run_example(tmp_path, "--config", str(EXAMPLE / "train.yaml"), *short)
     run_example(tmp_path, "--config", str(EXAMPLE / "config.yaml"), "--trainer.callbacks.bits=4")
-    (saved,) = tmp_path.rglob("config.yaml")
+    (saved,) = tmp_path.rglob("version_*/config.yaml")
     run_example(tmp_path, "--config", str(saved), "--trainer.logger=false")
