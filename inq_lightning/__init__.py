@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from inq_lightning.frontends.lightning.monitor import INQMonitor
     from inq_lightning.frontends.lightning.phases import phase_length
     from inq_lightning.frontends.lightning.progress import INQProgressBar
+    from inq_lightning.frontends.lightning.teacher import Teacher, distill
     from inq_lightning.frontends.loop import INQ
     from inq_lightning.grid import Levels, PowerOfTwoGrid, fit_grid
     from inq_lightning.integer.c import export_c
@@ -57,7 +58,9 @@ __all__ = [  # what no extra is needed for: "from inq_lightning import *" import
     "PowerOfTwoGrid",
     "Quantizer",
     "Schedule",
+    "Teacher",
     "calibrate_activations",
+    "distill",
     "export_c",
     "export_integer_onnx",
     "export_onnx",
@@ -102,6 +105,7 @@ _HOMES = {
     "frontends.lightning.monitor": ["INQMonitor"],
     "frontends.lightning.phases": ["phase_length"],
     "frontends.lightning.progress": ["INQProgressBar"],
+    "frontends.lightning.teacher": ["Teacher", "distill"],
     "frontends.loop": ["INQ"],
     "grid": ["Levels", "PowerOfTwoGrid", "fit_grid"],
     "integer.c": ["export_c"],

@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -21,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from inq_lightning import INQCallback
+from inq_lightning import INQCallback, Teacher, distill
 
 
 def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -68,6 +69,15 @@ class Net(TinyModule):
                 grad = parameter.grad * (1 / self.copies) if self.divide_first else parameter.grad
                 total = sum([grad] * self.copies, torch.zeros(()))
                 parameter.grad = total if self.divide_first else total / self.copies
+
+
+class Pupil(Net):
+    """Asks a teacher in every step."""
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        output = self.net(x)
+        return distill(self.trainer, nn.functional.cross_entropy(output, y), output, x)
 
 
 class ShardedNet(Net):
@@ -157,12 +167,13 @@ def fit(
         callback: Or the callback itself.
         job: ``fsdp``: so many processes under FSDP2; ``tensor_parallel``: times so many; ``whole_file``: whether its
             checkpoints are one file; ``save``: write one every so many steps; ``net``: arguments of the module;
-            ``ckpt_path``; all else is for the Trainer.
+            ``teacher``: the share of one; ``ckpt_path``; all else is for the Trainer.
     """
     folder = Path(out)
     ckpt_path, save, sharded = job.pop("ckpt_path", None), job.pop("save", None), job.pop("fsdp", None)
     tensor_parallel = job.pop("tensor_parallel", None)
-    kind = SquareNet if tensor_parallel else ShardedNet if sharded else Net
+    teacher = job.pop("teacher", None)
+    kind = SquareNet if tensor_parallel else ShardedNet if sharded else Pupil if teacher else Net
     module = kind(**job.pop("net", {}))
     whole_file = job.pop("whole_file", True)
     if sharded:
@@ -175,7 +186,7 @@ def fit(
         )
     callback = callback or INQCallback(**{"schedule": SCHEDULE, **(inq or {})})
     notes = Notes(folder, callback)
-    callbacks: list[Callback] = [callback, notes]
+    callbacks: list[Callback] = [callback, notes, *([Teacher(teacher, network="net")] if teacher else [])]
     if save:
         callbacks.append(ModelCheckpoint(folder, filename="{step}", every_n_train_steps=save, save_top_k=-1))
     options = {
@@ -220,6 +231,11 @@ def resume_with_a_used_callback(runs: list[tuple[dict[str, Any], dict[str, Any]]
     for first, second in runs:
         _, callback, _ = fit(**first)
         fit(**second, callback=callback)
+
+
+def refuse_a_teacher_of_shards(out: str) -> None:
+    with pytest.raises(ValueError, match="Teacher copies whole networks, and this one is sharded"):
+        fit(out, fsdp=2, teacher=0.5)
 
 
 class Counting(INQCallback):

@@ -50,7 +50,7 @@ class Quantizer:
         timetable: The schedule; with starts once :meth:`begin` has fitted it to the run.
         origin: Epoch or step at which INQ began, from which the timetable counts.
         phase: How many portions have begun: 0 before the first one.
-        sqnr_db: Signal-to-quantization-noise ratio of the group frozen last, in dB; None where nothing was changed.
+        rounding: Power of all weights frozen so far, before they were rounded, and of what that changed.
         weights: The selected parameters by name, in the module's order.
         activations: What rounds the activations, by its name as a module; nothing where they stay as they are.
     """
@@ -60,7 +60,7 @@ class Quantizer:
         self.timetable: Schedule = options.phases
         self.origin = 0
         self.phase = 0
-        self.sqnr_db: float | None = None
+        self.rounding = (0.0, 0.0)
         self.weights: dict[str, FrozenWeight] = {}
         self._together = Together(self.weights)
         self._left_out: list[LeftOut] = []
@@ -104,10 +104,10 @@ class Quantizer:
         return self._loaded is not None
 
     def metrics(self) -> dict[str, float]:
-        """What loggers show, by name: the fraction, the phase, what rounding did to the group frozen last."""
+        """What loggers show, by name: the fraction, the phase, what rounding did to all that is frozen."""
         values = {"inq/quantized_fraction": self.quantized_fraction, "inq/phase": float(self.phase)}
-        if self.sqnr_db is not None:
-            values["inq/sqnr_db"] = self.sqnr_db
+        if all(self.rounding):  # otherwise it has changed nothing, which no logger can draw
+            values["inq/sqnr_db"] = float(snr_db(*self.rounding))
         if self.options.log_per_layer:
             # Not below inq/quantized_fraction: names are paths to MLflow, and no file can be a folder too.
             shares = {layer.name: layer.frozen / layer.numel if layer.numel else 1.0 for layer in self.layers}
@@ -248,6 +248,7 @@ class Quantizer:
         self.timetable.check_certain(length, loaded["origin"])
         state.load(loaded, self.weights)
         self.phase, self.origin, self._loaded = loaded["phase"], loaded["origin"], None
+        self.rounding = tuple(loaded.get("rounding", self.rounding))  # what is older says nothing of it
         self._rates_state = loaded["rates"]
         if loaded.get("calibrating"):
             self._calibrate()
@@ -299,9 +300,8 @@ class Quantizer:
             self._rates.begin_phase()
         if self._optimizer_state is not None:
             self._optimizer_state()
-        signal, noise = (sum(sums) for sums in zip(*roundings, strict=True))
-        if signal and noise:  # otherwise rounding has changed nothing, which no logger can draw
-            self.sqnr_db = float(snr_db(signal, noise))
+        signal, noise = (float(sum(sums)) for sums in zip(self.rounding, *roundings, strict=True))
+        self.rounding = (signal, noise)
         return True
 
     def _calibrate(self) -> None:
@@ -419,6 +419,7 @@ class Quantizer:
                 "unit": self.timetable.unit,
             },
             "layers": {name: weight.state_dict() for name, weight in self.weights.items()},
+            "rounding": list(self.rounding),
             "calibrating": any(activation.pending for activation in self.activations.values()),
             "rates": self._rates.state_dict() if self._rates is not None else self._rates_state,
         }

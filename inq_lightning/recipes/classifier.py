@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from pytorch_lightning import LightningModule
+from pytorch_lightning import Callback, LightningModule
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
 from inq_lightning._common import one_of
+from inq_lightning.frontends.lightning.teacher import Teacher, distill
 from inq_lightning.recipes.structured import configures
-
-_TEMPERATURE = 4.0
 
 LRSchedule = Literal["constant", "cosine", "onecycle"]
 
@@ -45,7 +43,7 @@ class Classifier(LightningModule):
         distillation: Weight of the teacher's word in the training loss, in [0, 1]: that much of the divergence between
             the softened outputs of a teacher and of the network (Hinton et al. 2015, section 2, temperature 4), and the
             rest of the cross-entropy. The teacher is the network as it is when training begins, before INQ: the
-            full-precision one. Checkpoints carry it, so that a resumed run goes on with the same.
+            full-precision one, see :class:`~inq_lightning.Teacher`.
         channels_last: Whether to compute in channels-last memory format, which is faster for most convolutions.
 
     Raises:
@@ -89,7 +87,7 @@ class Classifier(LightningModule):
         self.lr_schedule = lr_schedule
         self.lr_epochs = lr_epochs
         self.distillation = distillation
-        self._teacher: list[nn.Module] = []  # in a list, so that it is no part of the module and its checkpoints
+        self.teacher = Teacher(distillation, network="net")
         self.channels_last = channels_last
 
     def forward(self, images: Tensor) -> Tensor:
@@ -99,40 +97,18 @@ class Classifier(LightningModule):
         logits: Tensor = self.net(images)
         return logits
 
-    def on_fit_start(self) -> None:
-        """Makes a copy of the network the teacher, unless training resumes with the one that a checkpoint carries."""
-        if self.distillation and (self.trainer.ckpt_path is None or not self._teacher):
-            self._teacher = [_frozen_copy(self.net)]
-        for teacher in self._teacher:
-            teacher.to(self.device)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the teacher's weights."""
-        for teacher in self._teacher:
-            checkpoint["teacher"] = teacher.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes up the teacher's weights."""
-        if "teacher" in checkpoint:
-            self._teacher = [_frozen_copy(self.net)]
-            self._teacher[0].load_state_dict(checkpoint["teacher"])
+    def configure_callbacks(self) -> list[Callback]:
+        """Brings the teacher, the same one to each Trainer."""
+        return [self.teacher] if self.distillation else []
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Returns the training loss, a scalar, of images and int64 labels (batch,)."""
         images, labels = batch
         logits = self(images)
         loss = nn.functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        if self.distillation:
-            loss = (1 - self.distillation) * loss + self.distillation * self._divergence(logits, images)
+        loss = distill(self.trainer, loss, logits, images)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
         return loss
-
-    def _divergence(self, logits: Tensor, images: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = self._teacher[0](images) / _TEMPERATURE
-        own = (logits / _TEMPERATURE).log_softmax(1)
-        divergence = nn.functional.kl_div(own, target.log_softmax(1), reduction="batchmean", log_target=True)
-        return _TEMPERATURE**2 * divergence  # so that its gradient is of the cross-entropy's size
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Logs `val/loss` and `val/acc` of images and int64 labels (batch,)."""
@@ -188,10 +164,6 @@ class Classifier(LightningModule):
 @configures(Classifier)
 class ClassifierConfig:
     """Arguments of :class:`Classifier`."""
-
-
-def _frozen_copy(net: nn.Module) -> nn.Module:
-    return copy.deepcopy(net).eval().requires_grad_(False)
 
 
 def _held(shape: Callable[[float], float], steps: int) -> Callable[[int], float]:

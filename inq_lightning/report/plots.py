@@ -33,6 +33,7 @@ _EXPONENT_AXIS = "exponent k of the nearest ±2$^k$ (0: weights that are zero)"
 _SHARE_AXIS = "weights (%)"
 _TAIL = 0.01  # share of a layer's weights that may be gathered in the lowest column
 _MOST_PANELS = 12
+_CARD = 3.9  # inches: TensorBoard shows an image 350 pixels wide, in which letters of 8 points are 10 pixels high then
 
 _STAGES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _METRIC = re.compile(rf"({'|'.join(_STAGES)})[/_.](.+)")
@@ -118,14 +119,14 @@ def exponent_histogram(layers: Mapping[str, Exponents], title: str = "") -> Figu
         ValueError: There are no layers.
     """
     columns = _columns(layers)
-    across = min(math.ceil(math.sqrt(len(layers))), 3 if len(layers) <= 12 else 5)
+    across = min(len(layers), 2 if len(layers) <= 24 else 5)
     down = -(-len(layers) // across)
-    figure = _figure(max(2.7 * across, 5.4), 1.9 * down + 1.2)
+    figure = _figure(max(_CARD / 2 * across, _CARD), 1.5 * down + 1.2)
     grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     places = [columns.start - 2, *columns]  # zero stands apart
-    ticks = slice(1, None, -(-len(columns) // 10) or 1)
+    ticks = slice(1, None, -(-len(columns) // 6) or 1)
     labels = _labels(layers, columns)
-    names = _short(layers, 34 if across <= 3 else 30)
+    names = _short(layers, 24)
     for index, (axes, name, layer) in enumerate(zip(grid.flat, names, layers.values(), strict=False)):
         frozen, free = (_shares(part, columns, layer.total) for part in (layer.frozen, layer.free))
         for k in layer.levels:
@@ -142,8 +143,8 @@ def exponent_histogram(layers: Mapping[str, Exponents], title: str = "") -> Figu
     axes.set_ylim(0, 105 * max(layer.share(k) for layer in layers.values() for k in (None, *columns)))
     for axes in grid.flat[len(layers) :]:
         axes.set_visible(False)
-    figure.supxlabel(_EXPONENT_AXIS, fontsize=10)
-    figure.supylabel(_SHARE_AXIS, fontsize=10)
+    figure.supxlabel(_EXPONENT_AXIS, fontsize=9)
+    figure.supylabel(_SHARE_AXIS, fontsize=9)
     legend = {}
     for axes in grid.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -155,7 +156,7 @@ def exponent_histogram(layers: Mapping[str, Exponents], title: str = "") -> Figu
         ncols=3,
         title=title,
         alignment="left",
-        title_fontsize=11,
+        title_fontsize=10,
         fontsize=9,
         frameon=False,
     )
@@ -175,25 +176,25 @@ def exponent_heatmap(layers: Mapping[str, Exponents], title: str = "") -> Figure
     """
     columns = _columns(layers)
     rows = [_shares(Counter(layer.frozen) + Counter(layer.free), columns, layer.total) for layer in layers.values()]
-    figure = _figure(max(5.4, 2.6 + 0.34 * (len(columns) + 1)), 1.6 + 0.3 * len(rows), title)
+    figure = _figure(max(_CARD, 1.7 + 0.22 * (len(columns) + 1)), 1.4 + 0.25 * len(rows), title)
     axes = figure.subplots()
     highest = max(max(row) for row in rows) or 1.0
     image = axes.imshow(rows, cmap="Blues", vmin=0, vmax=highest, aspect="auto", interpolation="nearest")
     labels = _labels(layers, columns)
     axes.set_xticks(range(len(labels)), labels, fontsize=8)
-    axes.set_yticks(range(len(rows)), _short(layers, 44), fontsize=8)
+    axes.set_yticks(range(len(rows)), _short(layers, 20), fontsize=8)
     axes.set_xlabel(_EXPONENT_AXIS)
     for y, row in enumerate(rows):
         for x, value in enumerate(row):
             if value >= 0.5:
                 colour = "white" if value > 0.6 * highest else "black"
-                axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+                axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=8, color=colour)
     axes.set_xticks([x - 0.5 for x in range(1, len(labels))], minor=True)
     axes.set_yticks([y - 0.5 for y in range(1, len(rows))], minor=True)
     axes.grid(which="minor", color="white", linewidth=1.2)
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, label="% of the layer's weights", pad=0.02)
+    figure.colorbar(image, ax=axes, label="% of the layer's weights", pad=0.02, aspect=30)
     return figure
 
 
@@ -223,9 +224,9 @@ def metrics_against_fraction(points: Sequence[tuple[float, Mapping[str, float]]]
     left_out = len(quantities) - _MOST_PANELS
     if left_out > 0:
         quantities, title = quantities[:_MOST_PANELS], f"{title} ({left_out} more metrics are not drawn)".strip()
-    across = 1 if len(quantities) <= 3 else 2
+    across = 1 if len(quantities) <= 6 else 2
     down = -(-len(quantities) // across)
-    figure = _figure(5.4 * across, 2.7 * down + 0.6, title)
+    figure = _figure(_CARD * across, 2.2 * down + 0.6, title)
     grid = figure.subplots(down, across, squeeze=False)
     for axes, quantity in zip(grid.flat, quantities, strict=False):
         for stage, (colour, marker, line) in _SERIES.items():
@@ -251,9 +252,9 @@ def metrics_against_fraction(points: Sequence[tuple[float, Mapping[str, float]]]
 
 
 def _figure(width: float, height: float, title: str = "") -> Figure:
-    figure: Figure = matplotlib_figure.Figure((width, height), dpi=110, layout="constrained")
+    figure: Figure = matplotlib_figure.Figure((width, height), dpi=160, layout="constrained")
     if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     return figure
 
 

@@ -194,7 +194,8 @@ def test_with_distillation_the_network_agrees_with_what_it_was_whatever_the_labe
 
 def test_a_run_that_is_resumed_keeps_its_teacher_and_a_new_one_takes_another(tmp_path: Path) -> None:
     def teacher_of(classifier: Classifier) -> dict[str, torch.Tensor]:
-        return {name: value.clone() for name, value in classifier._teacher[0].state_dict().items()}
+        assert classifier.teacher.teacher is not None
+        return {name: value.clone() for name, value in classifier.teacher.teacher.state_dict().items()}
 
     classifier = Classifier(SmallCNN(), 10, distillation=0.5)
     before = {name: value.clone() for name, value in classifier.net.state_dict().items()}
@@ -214,13 +215,15 @@ def test_a_run_that_is_resumed_keeps_its_teacher_and_a_new_one_takes_another(tmp
 
 def test_the_distillation_loss_is_hintons(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    pupil, teacher = Classifier(SmallCNN(), 10, distillation=0.3), SmallCNN().eval()
-    pupil.log = lambda *args, **options: None  # type: ignore[method-assign]  # there is no Trainer
-    pupil.on_load_checkpoint({"teacher": teacher.state_dict()})
+    pupil = Classifier(SmallCNN(), 10, distillation=0.3)
+    teacher = copy.deepcopy(pupil.net).eval()
+    trainer = make_trainer(tmp_path, max_epochs=1, limit_train_batches=2)
+    trainer.fit(pupil, DigitsDataModule())
     images, labels = torch.rand(8, 1, 8, 8), torch.arange(8)
     pupil.eval()  # batch norm gives the same twice
     logits, target = pupil(images).double(), teacher(images).double()
     soft = (target / 4).softmax(1)
     divergence = (soft * (soft.log() - (logits / 4).log_softmax(1))).sum(1).mean() * 16
     expected = 0.7 * nn.functional.cross_entropy(logits, labels) + 0.3 * divergence
+    pupil.log = lambda *args, **options: None  # type: ignore[method-assign]  # outside of the Trainer's loop
     torch.testing.assert_close(pupil.training_step((images, labels), 0).double(), expected, rtol=1e-5, atol=1e-6)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +52,19 @@ def test_two_overrides_quantize_what_a_template_trains(tmp_path: Path) -> None:
     for w in weights(tmp_path):
         levels = PowerOfTwoGrid(int(w.abs().max().log2()), 4, family="full").levels
         assert set(w.double().unique().tolist()) <= set(levels.tolist())
+
+
+def test_a_template_goes_on_from_its_trained_network_and_keeps_its_accuracy(tmp_path: Path) -> None:
+    readme = (APP / "README.md").read_text()
+    trained, quantized = re.findall(r"^python src/train.py (.*run\.dir=(?:trained|quantized).*)$", readme, re.MULTILINE)
+    accuracies = []
+    for line in (trained, quantized):
+        printed = run_program(APP / "src" / "train.py", *shlex.split(line, comments=True), cwd=tmp_path)
+        accuracies += re.findall(r"test/acc\W+(0\.\d+)", printed)
+    before, after = map(float, accuracies)
+    assert before > 0.92
+    assert after > before - 0.01
+    assert all(len(w.abs().unique()) <= 8 for w in weights(tmp_path / "quantized"))
 
 
 def composed(*overrides: str) -> DictConfig:

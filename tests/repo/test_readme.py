@@ -142,7 +142,27 @@ def test_the_examples_run(script: str, expected: str, tmp_path: Path) -> None:
     if script == "huggingface.py":
         pytest.importorskip("transformers", reason="needs the extra huggingface")
     overrides = {"hydra_app/app.py": ["inq.bits=4", "inq/schedule=alexnet", "inq.schedule.epochs_per_phase=1"]}
-    assert expected in run_program(ROOT / "examples" / script, *overrides.get(script, []), cwd=tmp_path)
+    printed = run_program(ROOT / "examples" / script, *overrides.get(script, []), cwd=tmp_path)
+    assert expected in printed
+    if accuracies := re.search(r"^accuracy (0\.\d+) before, (0\.\d+) after", printed, re.MULTILINE):
+        assert float(accuracies[2]) > float(accuracies[1]) - 0.01
+
+
+def test_the_first_table_is_the_same_everywhere_and_has_the_figures_of_the_measurements() -> None:
+    pages = [(ROOT / name).read_text() for name in ("README.md", "docs/index.md", "docs/decide.md")]
+    (table,) = {re.search(r"\| bits \| file.*?\n\n", page, re.DOTALL)[0] for page in pages}  # type: ignore[index]
+    accuracy, sizes = ((ROOT / "docs" / name).read_text() for name in ("results.md", "benchmarks.md"))
+    for bits in (5, 4, 3, 2):
+        row = re.search(rf"^\| {bits} \| ([\d.]+) MB \| ([\d.]+)% \((.*?)\)", table, re.MULTILINE)
+        assert row
+        assert re.search(rf"^\| ResNet-18 \| {bits} \| 46\.81 \| [\d.]+ \| {row[1]} \|", sizes, re.MULTILINE)
+        assert re.search(rf"^\| `{bits}bit` .*\| {row[2]} ± [\d.]+ \| {re.escape(row[3])} \|", accuracy, re.MULTILINE)
+
+
+def test_there_is_one_piece_of_advice_on_the_learning_rate() -> None:
+    advice = "a tenth of the highest learning rate of the original training"
+    for page in ("README.md", "docs/how-to/learning-rate.md", "docs/how-to/schedule.md"):
+        assert advice in " ".join((ROOT / page).read_text().split()), page
 
 
 def test_every_line_of_the_compatibility_table_names_a_test() -> None:

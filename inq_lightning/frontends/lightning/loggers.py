@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pytorch_lightning import Trainer
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 # TensorBoard shows the first hyper-parameters of the table only, and those first that are marked to differ.
 _FIRST = ("inq/bits", "inq/exponent", "inq/partition", "inq/portions", "lr", "learning_rate")
+
+_COLUMNS = ".inq"  # how the names end of files that hold the columns of the table
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,12 @@ class TensorBoard:
         self.logger.experiment.add_custom_scalars(layout(metrics))
 
     def compare(self, hparams: Mapping[str, Any], metrics: Iterable[str]) -> None:
-        """Write what its HPARAMS tab compares: hyper-parameters, and which scalars are the result."""
+        """Write what its HPARAMS tab compares, in this order: hyper-parameters, and which scalars are the result."""
         with contextlib.suppress(ModuleNotFoundError):  # the logger writes through tensorboardX
             from torch.utils.tensorboard.summary import hparams as summarize
 
             texts = {name: str(value) if isinstance(value, bool) else value for name, value in hparams.items()}
-            experiment, *session = summarize(texts, dict.fromkeys(sorted(metrics), 0.0))  # type: ignore[no-untyped-call]
+            experiment, *session = summarize(texts, dict.fromkeys(metrics, 0.0))  # type: ignore[no-untyped-call]
             plugin = experiment.value[0].metadata.plugin_data
             content = import_module("tensorboard.plugins.hparams.plugin_data_pb2").HParamsPluginData()
             content.ParseFromString(plugin.content)
@@ -73,6 +76,25 @@ class TensorBoard:
             plugin.content = content.SerializeToString()
             for summary in (experiment, *session):
                 self.logger.experiment.file_writer.add_summary(summary)
+            self._write_first(experiment)
+
+    def _write_first(self, experiment: Any) -> None:
+        """Write the columns of the table where TensorBoard looks first: into the folder that holds the runs.
+
+        It takes the columns from one run only, with ``--load_fast=false`` from the first by name that has any, and
+        another run may have neither INQ's settings nor its metrics. The last run to end decides.
+        """
+        from torch.utils.tensorboard.writer import FileWriter
+
+        folder, own = Path(self.logger.root_dir), Path(self.logger.log_dir)
+        if folder == own or not folder.is_dir():  # the run itself, or a store that is no folder
+            return
+        before = list(folder.glob(f"events.*{_COLUMNS}"))
+        writer = FileWriter(str(folder), filename_suffix=_COLUMNS)
+        writer.add_summary(experiment)
+        writer.close()
+        for file in before:
+            file.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

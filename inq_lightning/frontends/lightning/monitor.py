@@ -37,7 +37,8 @@ class INQMonitor(Callback):
     - a layout (TensorBoard's custom scalars) that groups INQ's scalars, and metrics by quantity.
     - hyper-parameters: INQCallback's arguments, as ``inq/bits`` and so on, beside the module's own. TensorBoard's
       HPARAMS tab shows them with the metrics, so that the runs of a sweep can be compared; Lightning's placeholder
-      ``hp_metric`` is left out, as TensorBoard keeps only the first set that a run writes.
+      ``hp_metric`` is left out, as TensorBoard keeps only the first set that a run writes. Where runs have no monitor,
+      ``tensorboard --load_fast=false`` has these columns all the same.
     - ``inq/bytes``: size of all parameters with the quantized ones at their bits, at the end.
 
     Metrics are those whose names begin with ``train``, ``val`` or ``test``. An evaluation before ``fit`` is taken for
@@ -115,8 +116,8 @@ class INQMonitor(Callback):
             logger.save()
         for board in tensorboards(trainer):
             board.compare(
-                _flat(pl_module.hparams) | _settings(inq),
-                self._names(pl_module) | {"inq/quantized_fraction", "inq/bytes"},
+                _settings(inq) | _flat(pl_module.hparams),
+                [*sorted(self._names(pl_module), key=_finality), "inq/bytes", "inq/quantized_fraction"],
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -225,6 +226,12 @@ def _point(step: int, fraction: float, metrics: dict[str, float]) -> dict[str, A
 def _is_of(name: str, stage: str) -> bool:
     split = plots.split_metric(name)
     return split is not None and split[0] == stage
+
+
+def _finality(name: str) -> tuple[int, str]:
+    """Metrics of a test stand first, then those of validations."""
+    split = plots.split_metric(name)
+    return ["test", "val", "train"].index(split[0]) if split else 3, name
 
 
 def _metrics(trainer: Trainer, stage: str) -> dict[str, float]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -319,8 +320,32 @@ def test_fraction_phase_and_noise_are_logged_every_epoch(tmp_path: Path) -> None
     assert first == same != last
     assert 5 < first < 40
     assert 5 < last < 40
+    state = callback.state_dict()
+    assert last == pytest.approx(10 * math.log10(state["rounding"][0] / state["rounding"][1]))
     assert logged(tmp_path, "inq/quantized_fraction_per_layer/net.3.weight") == [0.5, 0.5, 1.0]
     assert run.callback_metrics["inq/quantized_fraction"] == 1.0
+
+
+def test_the_noise_of_the_whole_network_hardly_moves_as_small_weights_freeze_and_is_kept_on_resuming(
+    tmp_path: Path,
+) -> None:
+    logger = CSVLogger(tmp_path, name="", version="")
+    module = TinyModule(lambda p: torch.optim.SGD(p, lr=0.0))  # the weights that are rounded are those of the beginning
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    callback = INQCallback(schedule=SCHEDULE)
+    middle = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    trainer(callback, middle, logger=logger, enable_checkpointing=True).fit(module)
+    ratios = logged(tmp_path, "inq/sqnr_db")
+    noise = sum(float((before[x.name] - module.get_parameter(x.name)).square().sum()) for x in callback.layers)
+    signal = sum(float(before[x.name].square().sum()) for x in callback.layers)
+    assert ratios[-1] == pytest.approx(10 * math.log10(signal / noise), abs=1e-3)
+    assert min(ratios) > ratios[0] - 3
+
+    (folder := tmp_path / "resumed").mkdir()
+    again = CSVLogger(folder, name="", version="")
+    resumed = TinyModule(lambda p: torch.optim.SGD(p, lr=0.0))
+    trainer(INQCallback(schedule=SCHEDULE), logger=again).fit(resumed, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert logged(folder, "inq/sqnr_db") == ratios[2:]
 
 
 def test_the_progress_bar_shows_the_fraction_of_the_running_epoch() -> None:

@@ -22,8 +22,13 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.strategies import ModelParallelStrategy
 from strategies_worker import Net, ShardedNet
 from support import SCHEDULE, TinyModule, assert_same_state, trainer
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor, nn
 
@@ -145,6 +150,21 @@ def test_the_layout_has_a_chart_of_all_layers_where_they_are_logged() -> None:
 
 def plugin(shown: EventAccumulator, tag: str) -> HParamsPluginData:
     return HParamsPluginData.FromString(shown.SummaryMetadata(f"_hparams_/{tag}").plugin_data.content)
+
+
+def test_the_hparams_table_begins_with_bits_and_test_metrics_beside_runs_without_a_monitor(tmp_path: Path) -> None:
+    runs = [[], *([INQCallback(bits=bits, schedule=SHORT), INQMonitor()] for bits in (4, 3))]
+    for version, callbacks in enumerate(runs):
+        logger = TensorBoardLogger(tmp_path, name="", version=f"version_{version}")
+        trainer(*callbacks, logger=logger, max_epochs=2, limit_val_batches=1.0).fit(Logging())
+    assert len(list(tmp_path.glob("events*"))) == 1  # of the last run
+    multiplexer = EventMultiplexer()
+    multiplexer.AddRunsFromDirectory(str(tmp_path)).Reload()
+    context = Context(TBContext(data_provider=MultiplexerDataProvider(multiplexer, str(tmp_path))))
+    tags = context.hparams_metadata(RequestContext(), "")
+    experiment = context.experiment_from_metadata(RequestContext(), "", True, tags, None)
+    assert experiment.hparam_infos[0].name == "inq/bits"
+    assert [info.name.tag for info in experiment.metric_infos][:2] == ["test/acc", "test/loss"]
 
 
 def test_the_hparams_tab_gets_the_settings_and_the_final_metrics(shown: EventAccumulator) -> None:

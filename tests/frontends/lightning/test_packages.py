@@ -253,19 +253,25 @@ def test_wrong_values_are_refused_by_name(
     assert all(message in said.partition("usage:")[0] + said.rpartition("error:")[2] for message in messages), said
 
 
-def run_example(folder: Path, *options: str) -> None:
+def run_example(folder: Path, *options: str) -> float:
+    """What the example says of its accuracy."""
     printed = run_program(EXAMPLE / "main.py", "fit", "--trainer.accelerator=cpu", *options, cwd=folder)
-    assert "bits 4, quantized 100%" in printed
+    assert ("bits 4, quantized 100%" in printed) == ("train.yaml" not in "".join(options))
+    return float(printed.rpartition("\naccuracy ")[2])
 
 
-def test_the_example_runs_from_its_yaml_file_and_the_command_line(tmp_path: Path) -> None:
-    run_example(
+def test_the_example_goes_on_from_a_trained_network_and_keeps_its_accuracy(tmp_path: Path) -> None:
+    before = run_example(tmp_path, "--config", str(EXAMPLE / "train.yaml"), "--trainer.logger=false")
+    after = run_example(
         tmp_path, "--config", str(EXAMPLE / "config.yaml"), "--trainer.callbacks.bits=4", "--trainer.logger=false"
     )
+    assert after > before - 0.01
 
 
 @pytest.mark.slow
 def test_the_configuration_that_the_command_line_saves_runs_again(tmp_path: Path) -> None:
+    short = ["--trainer.max_epochs=1", "--trainer.logger=false"]
+    run_example(tmp_path, "--config", str(EXAMPLE / "train.yaml"), *short)
     run_example(tmp_path, "--config", str(EXAMPLE / "config.yaml"), "--trainer.callbacks.bits=4")
-    (saved,) = tmp_path.rglob("config.yaml")
+    (saved,) = tmp_path.rglob("version_*/config.yaml")
     run_example(tmp_path, "--config", str(saved), "--trainer.logger=false")
