@@ -34,7 +34,7 @@ def assert_equal(network: IntegerNetwork, path: Path, images: Tensor) -> None:
         assert torch.equal(logits(path, images, optimized), expected), optimized
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(made=networks())
 def test_random_networks_have_the_same_logits_or_are_refused_by_name(
     made: tuple[nn.Module, Tensor], tmp_path_factory: pytest.TempPathFactory
@@ -51,8 +51,7 @@ def test_random_networks_have_the_same_logits_or_are_refused_by_name(
         assert not path.exists()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("activation_bits", [8, 4])
+@pytest.mark.parametrize(("bits", "activation_bits"), [(4, 8), (3, 8), (2, 4)])
 @pytest.mark.parametrize(
     ("make", "shape"), [(SmallCNN, (1, 8, 8)), (lambda: ResNetCIFAR(8), (3, 16, 16))], ids=["SmallCNN", "ResNetCIFAR"]
 )

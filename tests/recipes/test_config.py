@@ -47,7 +47,7 @@ NEEDS = {
     ("data", "imagefolder"): PLACES["imagefolder"],
     **{
         ("experiment", f"cifar10_resnet20{suffix}"): PLACES["npz"]
-        for suffix in ("", "_5bit", "_4bit", "_3bit", "_2bit")
+        for suffix in ("", "_5bit", "_4bit", "_3bit", "_2bit", "_w5a8", "_w4a8", "_w4a4", "_w3a8", "_w2a8")
     },
     **{("experiment", f"imagenet_resnet{depth}_5bit"): PLACES["imagefolder"] for depth in (18, 50)},
     ("data", "custom"): [
