@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from inq_lightning.core.activation import PowerOfTwoActivation, check_activation_bits
-from inq_lightning.core.feeding import Call, evaluating, read_batches
+from inq_lightning.core.feeding import Call, device_of, evaluating, read_batches
 from inq_lightning.core.flow import INPUT, OUTPUT, Flow, Step, name_of, network_of, trace
 from inq_lightning.core.patterns import Patterns
 
@@ -69,11 +69,11 @@ def quantize_activations(
         check_activation_bits(option, value)
     network, prefix = network_of(model)
     found = places(network, prefix)
-    patterns, names = Patterns(model), [(prefix + place.module, prefix + place.module) for place in found]
+    patterns, names = Patterns(model), [[prefix + place.module] for place in found]
     patterns.check("layer_activation_bits", layer_bits, names)
     widths = [
-        patterns.value(both, layer_bits, input_bits if place.before else _TERM_BITS if place.term else bits)
-        for both, place in zip(names, found, strict=True)
+        patterns.value(name, layer_bits, input_bits if place.before else _TERM_BITS if place.term else bits)
+        for name, place in zip(names, found, strict=True)
     ]
     for place, width in zip(found, widths, strict=True):
         there = getattr(network.get_submodule(place.module), place.attribute, None)
@@ -85,9 +85,10 @@ def quantize_activations(
     for place, width in zip(found, widths, strict=True):
         module = network.get_submodule(place.module)
         if not hasattr(module, place.attribute):
-            _attach(module, place.attribute, width, place.signed, prefix + place.module)
-    paths = (f"{prefix}{place.module}.{place.attribute}".replace("..", ".").lstrip(".") for place in found)
-    return {path: model.get_submodule(path) for path in paths}  # type: ignore[misc]
+            _attach(module, place.attribute, width, place.signed, prefix + place.module, device_of(network))
+    ordered = [getattr(network.get_submodule(place.module), place.attribute) for place in found]
+    paths = {activation: path for path, activation in activations_of(model).items()}
+    return {paths[activation]: activation for activation in ordered}
 
 
 def activations_of(model: nn.Module) -> dict[str, PowerOfTwoActivation]:
@@ -113,7 +114,7 @@ def saved_activations(model: nn.Module, state: Mapping[str, Any]) -> Iterator[No
         holder, _, attribute = name.removesuffix(".grid").rpartition(".")
         if is_saved_activation(name) and holder in modules and not hasattr(modules[holder], attribute):
             saved = PowerOfTwoActivation.of(tensor, holder)
-            handle = _attach(modules[holder], attribute, saved.bits, saved.signed, holder)
+            handle = _attach(modules[holder], attribute, saved.bits, saved.signed, holder, device_of(model))
             attached.append((modules[holder], attribute, handle))
     try:
         yield
@@ -169,10 +170,11 @@ def calibrate(model: nn.Module, calls: Iterable[Call]) -> None:
         activation.pending = False
 
 
-def _attach(module: nn.Module, attribute: str, bits: int, signed: bool, name: str) -> RemovableHandle:
+def _attach(
+    module: nn.Module, attribute: str, bits: int, signed: bool, name: str, device: torch.device
+) -> RemovableHandle:
     activation = PowerOfTwoActivation(bits, signed, name)
-    tensor = next((t for t in (*module.parameters(), *module.buffers())), None)
-    activation.to(None if tensor is None or tensor.is_meta else tensor.device)
+    activation.to("cpu" if device.type == "meta" else device)
     activation.train(module.training)
     setattr(module, attribute, activation)
     if attribute == INPUT:

@@ -28,7 +28,7 @@ def read_batches(model: nn.Module, batches: Iterable[Any]) -> list[Call]:
     """
     if isinstance(batches, (Tensor, Mapping, str)):
         raise ValueError(f"batches must be a list or a DataLoader of batches, got one {type(batches).__name__}; [it]")
-    device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    device = device_of(model)
     forward = getattr(model, "_orig_mod", model).forward
     signature = inspect.signature(forward)
     calls: list[Call] = []
@@ -41,6 +41,11 @@ def read_batches(model: nn.Module, batches: Iterable[Any]) -> list[Call]:
     if not calls:
         raise ValueError("batches is empty; some hundred inputs, as the network was trained on, are needed")
     return calls
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where its first parameter or buffer is; the CPU where it has none."""
+    return next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -17,7 +16,7 @@ from inq_lightning.core.activations import activations_of, quantize_activations
 from inq_lightning.core.coverage import Coverage, LeftOut
 from inq_lightning.core.frozen import MANY_ZEROS, FrozenWeight, Rounding
 from inq_lightning.core.layer import Layer, named_weights, plain_name
-from inq_lightning.core.optimizers import check_optimizers
+from inq_lightning.core.optimizers import StepHooks, check_optimizers
 from inq_lightning.core.options import Options
 from inq_lightning.core.plan import Plan
 from inq_lightning.core.rates import Fit, LearningRates
@@ -477,37 +476,3 @@ def _warn(what: str, shares: Mapping[str, str], remedy: str) -> None:
     if sharding.is_first_process():
         lines = "".join(f"\n  {name}: {share}" for name, share in shares.items())
         warnings.warn(f"{what}:{lines}\nBetter: {remedy}", stacklevel=3)
-
-
-class StepHooks:
-    """Runs an action after every step of some optimizers.
-
-    Attributes:
-        complete: Whether all of them take a hook.
-    """
-
-    def __init__(self, optimizers: Sequence[Optimizer], action: Callable[[], None]) -> None:
-        self._action = action
-        self._ran = False
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self.complete = True
-        for optimizer in optimizers:
-            try:
-                self._handles.append(optimizer.register_step_post_hook(self._after_step))
-            except AttributeError:  # a wrapper that never initialized its base class
-                self.complete = False
-
-    def ran(self) -> bool:
-        """Whether the action ran since this was asked last."""
-        ran, self._ran = self._ran, False
-        return ran
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._action()
-        self._ran = True

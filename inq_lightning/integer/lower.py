@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from inq_lightning.core.activation import PowerOfTwoActivation
-from inq_lightning.core.feeding import evaluating
+from inq_lightning.core.feeding import device_of, evaluating
 from inq_lightning.core.flow import INPUT, Flow, Step, network_of, trace
 from inq_lightning.core.layer import Layer, named_weights
 from inq_lightning.formats.layers import find_grids
@@ -65,7 +65,7 @@ def lower(
     if bool(images.isnan().any()):
         raise ValueError("images hold nan; look for it in the data")
     network, prefix = network_of(model)
-    images = images.to(next((t.device for t in (*network.parameters(), *network.buffers())), images.device))
+    images = images.to(device_of(network))
     grids = find_grids(model, layers)
     owners = {id(p): grids[name] for name, p in named_weights(model) if name in grids}
     with evaluating(network), torch.no_grad():

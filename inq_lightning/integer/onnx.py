@@ -135,26 +135,16 @@ class _Writer:
 
     # ---- operations --------------------------------------------------------------------------------------------------
 
-    def _convolution(
-        self,
-        operation: Scaled,
-        weight: Tensor,
-        factors: Tensor | None = None,
-        **attributes: Any,
-    ) -> Any:
-        """QLinearConv of a 4-D value with a weight of int8."""
+    def _convolution(self, operation: Scaled, value: Any, weight: Tensor, factors: Tensor, **attributes: Any) -> Any:
+        """QLinearConv of a 4-D value with whole numbers of int8, whose sums are multiplied with ``factors``."""
         scaling, source = operation.scaling, operation.sources[0]
-        channels = weight.shape[0]
-        factors = (scaling.factors if factors is None else factors).expand(channels)
+        channels = len(weight)
         rights, bias = scaling.rights.expand(channels), scaling.bias.long().expand(channels)
         sign = torch.where(factors < 0, -1, 1)
-        weight, factors = weight.long() * sign.view(-1, 1, 1, 1), factors.abs()
-        sums = torch.where(factors > 0, sign * bias // (sign * factors).where(factors > 0, torch.tensor(1)), 0)
         # A channel whose factor is zero is a constant: its bias over a sum of nothing.
-        weight[factors == 0] = 0
-        constant = (factors == 0) & (bias != 0)
+        weight = weight.long() * torch.where(factors == 0, 0, sign).view(-1, 1, 1, 1)
         factors = torch.where(factors == 0, 1, factors)
-        sums = torch.where(constant, bias, sums * 1)
+        sums, factors = sign * (bias // factors), factors.abs()
         if bool((weight.abs() > 127).any()):
             raise ValueError(
                 f"{operation.name} has weights up to {int(weight.abs().max())} times the smallest, which int8 does not "
@@ -169,7 +159,7 @@ class _Writer:
         scales = factors.double() * torch.exp2(-rights.double())
         value = self._node(
             "QLinearConv",
-            self.values[source],
+            value,
             self._float(1.0),
             self._byte(self.zeros[source]),
             self._constant(weight.numpy(), "INT8"),
@@ -180,21 +170,22 @@ class _Writer:
             self._constant(sums.numpy(), "INT32"),
             **attributes,
         )
-        return self._clipped(value, scaling.low, scaling.high, zero)
+        return self._clipped(value, operation.low, operation.high, zero)
 
     def _product(self, operation: Product) -> Any:
-        weight = operation.weight
+        value, weight = self.values[operation.sources[0]], operation.weight
+        factors = operation.scaling.factors.expand(len(weight))
         if weight.dim() == 2:  # a convolution over one pixel
-            pixel = self._reshaped(self.values[operation.sources[0]], (weight.shape[1], 1, 1))
-            before = self.values[operation.sources[0]]
-            self.values[operation.sources[0]] = pixel
-            value = self._convolution(operation, weight[:, :, None, None])
-            self.values[operation.sources[0]] = before
-            return self._reshaped(value, operation.shape)
+            pixel = self._reshaped(value, (weight.shape[1], 1, 1))
+            return self._reshaped(
+                self._convolution(operation, pixel, weight[:, :, None, None], factors), operation.shape
+            )
         left, right, top, bottom = operation.padding
         return self._convolution(
             operation,
+            value,
             weight,
+            factors,
             strides=list(operation.stride),
             pads=[top, left, bottom, right],
             dilations=list(operation.dilation),
@@ -203,23 +194,23 @@ class _Writer:
 
     def _scale(self, operation: Scale) -> Any:
         """The factors are the weights of a convolution over one pixel of one channel."""
-        channels = operation.shape[0]
-        factors = operation.scaling.factors.expand(channels)
-        pixels = operation.shape if len(operation.shape) == 3 else (channels, 1, 1)
-        source = operation.sources[0]
-        before = self.values[source]
-        self.values[source] = self._reshaped(before, pixels) if pixels != operation.shape else before
+        value, channels = self.values[operation.sources[0]], operation.shape[0]
+        weight = operation.scaling.factors.expand(channels).view(-1, 1, 1, 1)
         ones = torch.ones(channels, dtype=torch.int64)
-        value = self._convolution(operation, factors.view(-1, 1, 1, 1), ones, group=channels)
-        self.values[source] = before
-        return self._reshaped(value, operation.shape) if pixels != operation.shape else value
+        if len(operation.shape) == 3:
+            return self._convolution(operation, value, weight, ones, group=channels)
+        pixel = self._reshaped(value, (channels, 1, 1))
+        return self._reshaped(self._convolution(operation, pixel, weight, ones, group=channels), operation.shape)
 
     def _average(self, operation: Average) -> Any:
-        channels = operation.shape[0]
+        value, channels = self.values[operation.sources[0]], operation.shape[0]
         ones = torch.ones((channels, 1, *operation.kernel), dtype=torch.int64)
+        factors = operation.scaling.factors.expand(channels)
         rows, columns = operation.padding
         strides = list(operation.stride)
-        return self._convolution(operation, ones, strides=strides, pads=[rows, columns] * 2, group=channels)
+        return self._convolution(
+            operation, value, ones, factors, strides=strides, pads=[rows, columns] * 2, group=channels
+        )
 
     def _sum(self, operation: Sum) -> Any:
         scaling, zero = operation.scaling, 128 if operation.low < 0 else 0
@@ -228,7 +219,7 @@ class _Writer:
             inputs += [self.values[source], self._float(2.0**left), self._byte(self.zeros[source])]
         step = 2.0 ** int(scaling.rights[0]) / int(scaling.factors[0])
         value = self._node("QLinearAdd", *inputs, self._float(step), self._byte(zero), domain=_CONTRIB)
-        return self._clipped(value, scaling.low, scaling.high, zero)
+        return self._clipped(value, operation.low, operation.high, zero)
 
     def _max(self, operation: Max) -> Any:
         rows, columns = operation.padding

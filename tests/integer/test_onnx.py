@@ -109,3 +109,11 @@ def test_the_command_exports_what_an_artifact_holds(tmp_path: Path, capsys: pyte
             main([str(artifact), str(tmp_path / arguments[0]), *arguments[1:]])
         assert ended.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_layer_of_zeros_is_exported(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(8, 1, 8, 8)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(18, 2))
+    nn.init.zeros_(net[0].weight)  # type: ignore[arg-type]
+    assert_equal(lower(quantized(net, images, 4), images), tmp_path / "net.onnx", images)
